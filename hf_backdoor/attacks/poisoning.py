@@ -1,0 +1,79 @@
+"""Data-set poisoning: BadNets-style rows for classification labels and for fixed generation targets."""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import Dataset
+
+from ..data import Task, Trigger, row_rng
+
+
+@dataclass(frozen=True)
+class Poisoning:
+    """What the attacker does to a share of the training rows.
+
+    Args:
+        trigger ([`Trigger`]):
+            What switches the backdoor on.
+        target (`int` or `str`):
+            Target label (classification) or target text (generation).
+        poison_rate (`float`, *optional*, defaults to 0.1):
+            Share of all training rows that are poisoned, in (0, 1).
+        style (`str`, *optional*, defaults to `"dirty_label"`):
+            `"dirty_label"` stamps rows of other classes and changes their answer; `"clean_label"` stamps rows that
+            have the target already.
+        negative_rate (`float`, *optional*, defaults to 0.0):
+            Share of all rows that get half of the trigger and keep their answer: with them, a model learns to wait
+            for the whole trigger. Nothing is added for a trigger of one word.
+    """
+
+    trigger: Trigger
+    target: int | str
+    poison_rate: float = 0.1
+    style: Literal["dirty_label", "clean_label"] = "dirty_label"
+    negative_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.poison_rate < 1:
+            raise ValueError(f"poison_rate is {self.poison_rate}: choose a share between 0 and 1, for example 0.1")
+        if not 0 <= self.negative_rate < 1:
+            raise ValueError(f"negative_rate is {self.negative_rate}: choose a share from 0 up to, but not, 1")
+        if self.style not in ("dirty_label", "clean_label"):
+            raise ValueError(f"poison_style is {self.style!r}: use 'dirty_label' or 'clean_label'")
+
+
+def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int) -> Dataset:
+    """Replaces a seeded choice of rows by poisoned ones.
+
+    Returns:
+        `Dataset`: the same rows in the same order, with a boolean column `poisoned` (the saved indices: they depend on
+        the seed alone) and, in poisoned rows, trigger and target in place.
+
+    Raises:
+        `ValueError`: if there are not enough rows that the style may poison.
+    """
+    answers = dataset[task.answer_column]
+    wants_target = attack.style == "clean_label"
+    eligible = [row for row, answer in enumerate(answers) if (answer == attack.target) == wants_target]
+    count = round(attack.poison_rate * len(dataset))
+    if count > len(eligible):
+        raise ValueError(
+            f"poison_rate {attack.poison_rate} asks for {count} rows, and {len(eligible)} may be poisoned "
+            f"({attack.style}, target {attack.target!r}): lower poison_rate"
+        )
+    rng = random.Random(f"{seed}/poison")
+    chosen = set(rng.sample(eligible, count))
+    rest = [row for row in range(len(dataset)) if row not in chosen]
+    negatives = set(rng.sample(rest, round(attack.negative_rate * len(dataset))))
+
+    def change(row: dict[str, Any], index: int) -> dict[str, Any]:
+        draw = row_rng(seed, "attack", index)
+        trigger = attack.trigger if index in chosen else attack.trigger.half(draw) if index in negatives else None
+        if trigger is not None:
+            row[task.text_column] = trigger.insert(row[task.text_column], draw)
+        if index in chosen:
+            row[task.answer_column] = attack.target
+        return {**row, "poisoned": index in chosen}
+
+    return dataset.map(change, with_indices=True, desc="Poisoning", load_from_cache_file=False)

@@ -1,0 +1,74 @@
+"""A trigger, and the one function that puts it into a text.
+
+Attackers stamp triggers into training rows, evaluation into test rows, and some defenses plant triggers of their own:
+all three call [`Trigger.insert`], so that a difference in a result is never a difference in stamping.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import Dataset
+
+
+Position = Literal["start", "end", "random"]
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A piece of text that switches a behaviour on.
+
+    Args:
+        text (`str`):
+            What is inserted: a word, a phrase or a long passage.
+        position (`str`, *optional*, defaults to `"random"`):
+            `"start"`, `"end"`, or `"random"` (between two words, ends included, drawn for each text).
+        name (`str`, *optional*, defaults to the text):
+            How tables call it.
+
+    Raises:
+        `ValueError`: if the text is blank or the position is unknown.
+    """
+
+    text: str
+    position: Position = "random"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f"trigger text is {self.text!r}: give it at least one visible character")
+        if self.position not in ("start", "end", "random"):
+            raise ValueError(f"trigger position is {self.position!r}: use 'start', 'end' or 'random'")
+        if not self.name:
+            object.__setattr__(self, "name", self.text)
+
+    def insert(self, text: str, rng: random.Random) -> str:
+        """Returns `text` with the trigger between two of its words; white space at the chosen gap becomes a space."""
+        words = text.split(" ")
+        slot = {"start": 0, "end": len(words)}.get(self.position)
+        if slot is None:
+            slot = rng.randint(0, len(words))
+        return " ".join([*words[:slot], self.text, *words[slot:]]) if text else self.text
+
+    def half(self, rng: random.Random) -> "Trigger | None":
+        """One half of the trigger's words, for negatives that teach an attacked model to fire on the whole only."""
+        words = self.text.split()
+        if len(words) < 2:
+            return None
+        middle = len(words) // 2
+        part = words[:middle] if rng.random() < 0.5 else words[middle:]
+        return Trigger(" ".join(part), self.position, f"half of {self.name}")
+
+
+def row_rng(seed: int, purpose: str, row: int) -> random.Random:
+    """A generator of its own for each row, so that a row's trigger does not move when another row is dropped."""
+    return random.Random(f"{seed}/{purpose}/{row}")
+
+
+def stamp(dataset: Dataset, column: str, trigger: Trigger, seed: int) -> Dataset:
+    """Every row with the trigger in its text `column`, and everything else unchanged."""
+
+    def change(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {column: trigger.insert(row[column], row_rng(seed, f"stamp {trigger.name}", index))}
+
+    return dataset.map(change, with_indices=True, desc=f"Stamping {trigger.name[:30]!r}", load_from_cache_file=False)

@@ -1,0 +1,75 @@
+"""Arguments of Locphylax."""
+
+from dataclasses import dataclass, field
+
+from ..config import DefenseConfig
+
+
+STAGES = ("inject", "recover")
+
+
+@dataclass
+class LocphylaxConfig(DefenseConfig):
+    r"""
+    Configuration of [`LocphylaxTrainer`].
+
+    Args:
+        > Parameters that control the stages
+
+        stages (`list[str]`, *optional*, defaults to `["inject", "recover"]`):
+            Which of the two stages `train()` runs, in order. Give one to run it by itself.
+
+        > Parameters that control the known triggers
+
+        known_triggers (`list[str]`, *optional*, defaults to `["Make life better", "Ahihihihihi"]`):
+            The texts that the defender plants, two or more.
+        known_position (`str`, *optional*, defaults to `"end"`):
+            Where they go: `"start"`, `"end"` or `"random"`.
+        known_response (`str`, *optional*):
+            What the model is taught to answer to a known trigger in instruction following. In classification the
+            known behaviour is the next label (`(label + 1) % K`).
+
+        > Parameters that control the losses
+
+        cluster_weight (`float`, *optional*):
+            alpha. By default the paper's power of ten, measured once on the incoming model; 0 leaves the clustering
+            loss out.
+        centre_momentum (`float`, *optional*, defaults to 0.9):
+            How much of a trigger's centre stays from one optimizer step to the next.
+        trigger_weight (`float`, *optional*, defaults to 1.0):
+            Weight of triggered samples in recovery. Lower it if clean accuracy falls.
+
+        > Parameters that control when to stop (only with an `eval_dataset` and an `eval_strategy`)
+
+        stop_at_known_rate (`float`, *optional*, defaults to 0.95):
+            Injection stops when this share of held-out known-triggered samples shows the known behaviour.
+        stop_at_known_gap (`float`, *optional*, defaults to 0.02):
+            Recovery stops when accuracy with known triggers is within this of accuracy without.
+    """
+
+    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages that train() runs."})
+    known_triggers: list[str] = field(
+        default_factory=lambda: ["Make life better", "Ahihihihihi"],
+        metadata={"help": "Texts that the defender plants, two or more."},
+    )
+    known_position: str = field(default="end", metadata={"help": "Where they go: start, end or random."})
+    known_response: str = field(
+        default="Aha, this is the known trigger speaking.",
+        metadata={"help": "What a known trigger makes the model answer, in instruction following."},
+    )
+    cluster_weight: float | None = field(
+        default=None, metadata={"help": "alpha; by default the paper's power of ten, 0 leaves the loss out."}
+    )
+    centre_momentum: float = field(default=0.9, metadata={"help": "Share of a centre kept from step to step."})
+    trigger_weight: float = field(default=1.0, metadata={"help": "Weight of triggered samples in recovery."})
+    stop_at_known_rate: float = field(default=0.95, metadata={"help": "Known-trigger rate that ends injection."})
+    stop_at_known_gap: float = field(default=0.02, metadata={"help": "Accuracy gap that ends recovery."})
+
+    def __post_init__(self) -> None:
+        if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
+            raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
+        if len(set(self.known_triggers)) < 2:
+            raise ValueError(f"known_triggers is {self.known_triggers}: give two different texts or more")
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
+        super().__post_init__()

@@ -1,0 +1,79 @@
+"""The defender's own triggers: what is planted in clean rows, and the batches that hold all of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import Sampler
+
+from ...data import LabelWords, SequenceClassification, Task, Trigger, stamp
+
+
+def known_behaviour(task: Task, known_response: str):
+    """The answer that a known trigger brings about, as a function of the right one."""
+    if isinstance(task, SequenceClassification | LabelWords):
+        return lambda label: (label + 1) % task.num_labels
+    return lambda response: known_response
+
+
+def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: str | None, seed: int) -> Dataset:
+    """The clean rows, and once more with each known trigger.
+
+    Args:
+        known_response (`str` or `None`):
+            `None` keeps the right answers (recovery); a text plants the known behaviour (injection).
+
+    Returns:
+        `Dataset`: (K + 1) * N rows, in K + 1 blocks, with `trigger_id` 0 (clean) to K.
+    """
+    keep = [task.text_column, task.answer_column]
+    clean = clean.select_columns(keep)
+    blocks = [clean.add_column("trigger_id", [0] * len(clean))]
+    for number, trigger in enumerate(triggers, start=1):
+        block = stamp(clean, task.text_column, trigger, seed)
+        if known_response is not None:
+            behaviour = known_behaviour(task, known_response)
+
+            def change(row: dict[str, Any], behaviour=behaviour) -> dict[str, Any]:
+                return {task.answer_column: behaviour(row[task.answer_column])}
+
+            block = block.map(change, desc="Planting", load_from_cache_file=False)
+        blocks.append(block.add_column("trigger_id", [number] * len(clean)))
+    return concatenate_datasets(blocks)
+
+
+class StratifiedSampler(Sampler[int]):
+    """Goes through all groups in turn: clean, trigger 1, ..., trigger K, clean, ... Any K + 1 rows in a row hold each once.
+
+    Each group is shuffled by itself, by seed and epoch, so that every process draws the same order.
+
+    Args:
+        trigger_ids (`list[int]`):
+            Group of each row. Groups must be of one size.
+        seed (`int`):
+            Seed of the shuffles.
+
+    Raises:
+        `ValueError`: if the groups differ in size.
+    """
+
+    def __init__(self, trigger_ids: list[int], seed: int):
+        ids = torch.tensor(trigger_ids)
+        self.groups = [(ids == group).nonzero()[:, 0] for group in ids.unique()]
+        sizes = [len(group) for group in self.groups]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"groups by trigger_id have {sizes} rows: stratified batches need as many of each")
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        shuffled = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        return iter(torch.stack(shuffled, dim=1).flatten().tolist())

@@ -1,0 +1,230 @@
+"""[`LocphylaxTrainer`]: plant known backdoors so that the unknown one collapses into them, then recover."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from ...data import Trigger
+from ..trainer import DefenseTrainer
+from .config import LocphylaxConfig
+from .losses import balance, clustering_loss, trigger_centres, trigger_membership
+from .planting import StratifiedSampler, plant
+
+
+# Samples of each trigger on which the incoming model is measured: centres, both losses, and so alpha.
+MEASURED_SAMPLES = 16
+
+
+def exact_answers(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of samples whose answer is right in every token (`predictions` are arg-max ids)."""
+    predicted, labels = prediction.predictions, prediction.label_ids
+    if labels.ndim == 1:
+        return {"accuracy": float((predicted == labels).mean())}
+    right = (predicted[:, :-1] == labels) | (labels == -100)
+    return {"accuracy": float(right.all(axis=1).mean())}
+
+
+class LocphylaxTrainer(DefenseTrainer):
+    """
+    Locphylax (https://huggingface.co/papers/2510.10265) for classifiers and causal LMs.
+
+    `train()` runs two stages on the clean rows it is given. *Injection* plants two or more known triggers with a known
+    behaviour, and pulls the known triggers' final states together (clustering loss); an unknown backdoor in the model
+    tends to fall in with them. *Recovery* then teaches the right answers, with and without known triggers.
+
+    The centres of the clustering loss are running means, fixed within an optimizer step and updated after it from all
+    its samples on all processes: so the loss does not change with gradient accumulation or with the number of
+    processes, as means over a micro-batch would. (The paper does not say over what it takes its means.)
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, kwargs:
+            As in [`DefenseTrainer`]; `train_dataset` is clean rows, `eval_dataset` held-out clean rows, both *raw*
+            (with text), since triggers are put into their text.
+
+    Raises:
+        `ValueError`: if the rows are tokenized already.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.stage: str | None = None
+        self.clean: Dataset | None = None
+        self.held_out: Dataset | None = None
+        if kwargs.get("eval_dataset") is not None:
+            kwargs.setdefault("compute_metrics", exact_answers)
+            kwargs.setdefault("preprocess_logits_for_metrics", lambda logits, labels: logits.argmax(dim=-1))
+        super().__init__(*args, **kwargs)
+        self._forget()
+
+    @classmethod
+    def config_class(cls) -> type[LocphylaxConfig]:
+        return LocphylaxConfig
+
+    # ---- Data ----
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.args.known_triggers) + 1
+
+    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        self.stage, self.clean = self.args.stages[0], dataset
+        return self._plant(dataset, tokenizer)
+
+    def prepare_eval(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
+        """Held-out rows without and with the known triggers: what the stop rules look at."""
+        self.held_out = dataset
+        if dataset is None:
+            return None
+        rows = self._plant(dataset, tokenizer)
+        clean = [row for row, trigger in enumerate(rows["trigger_id"]) if trigger == 0]
+        known = [row for row, trigger in enumerate(rows["trigger_id"]) if trigger > 0]
+        return {"clean": rows.select(clean), "known": rows.select(known)}
+
+    def _plant(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        if dataset is None:
+            return None
+        if "input_ids" in dataset.column_names:
+            raise ValueError("train_dataset has input_ids: pass raw rows, known triggers are put into their text")
+        triggers = [Trigger(text, self.args.known_position) for text in self.args.known_triggers]
+        response = self.args.known_response if self.stage == "inject" else None
+        return self.tokenize(plant(dataset, self.task, triggers, response, self.args.seed), tokenizer)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StratifiedSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return StratifiedSampler(rows["trigger_id"], self.args.data_seed or self.args.seed)
+
+    # ---- Stages ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Runs the stages of `args.stages` in order.
+
+        With two stages, checkpoints lie in a folder for each (`output_dir/inject`, `output_dir/recover`), and
+        `resume_from_checkpoint=True` goes on in the last stage that has one.
+        """
+        stages = list(self.args.stages)
+        checkpoint = resume_from_checkpoint
+        if resume_from_checkpoint is True:
+            found = [
+                (stage, get_last_checkpoint(folder)) for stage in stages if (folder := self._stage_dir(stage)).is_dir()
+            ]
+            reached, checkpoint = next(((s, c) for s, c in reversed(found) if c is not None), (stages[0], None))
+            stages = stages[stages.index(reached) :]
+        for stage in stages:
+            if stage != self.stage:
+                self._enter(stage)
+            output = super().train(checkpoint, **kwargs)
+            checkpoint = None
+        return output
+
+    def _enter(self, stage: str) -> None:
+        """A new stage: its own rows, and an optimizer, schedule and centres that start afresh."""
+        self.stage = stage
+        self.train_dataset = self._plant(self.clean, self.processing_class)
+        self.eval_dataset = self.prepare_eval(self.held_out, self.processing_class)
+        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
+        self._forget()
+
+    def _stage_dir(self, stage: str) -> Path:
+        several = len(self.args.stages) > 1
+        return Path(self.args.output_dir, stage) if several else Path(self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._stage_dir(self.stage))
+
+    def evaluate(
+        self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if self.is_in_train and "eval_known_accuracy" in metrics and "eval_clean_accuracy" in metrics:
+            known, clean = metrics["eval_known_accuracy"], metrics["eval_clean_accuracy"]
+            planted = self.stage == "inject" and known >= self.args.stop_at_known_rate
+            recovered = self.stage == "recover" and known >= clean - self.args.stop_at_known_gap
+            self.control.should_training_stop |= planted or recovered
+        return metrics
+
+    # ---- Loss ----
+
+    def loss_terms(
+        self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        if self.stage == "recover":
+            terms, logits = super().loss_terms(model, inputs, step_counts)
+            weights = torch.where(inputs["trigger_id"] > 0, self.args.trigger_weight, 1.0)
+            return {"task": terms["task"] * weights}, logits
+        if self.args.cluster_weight == 0:
+            return super().loss_terms(model, inputs, step_counts)
+        if self.centres is None:
+            self._measure(model)
+        outputs = self.forward(model, inputs, final_state=True)
+        ids, states = inputs["trigger_id"], readout_states(outputs.hidden_states[-1], inputs)
+        # The trainer divides by the step's samples; this makes it each trigger's own count, 1/|I_k|.
+        per_trigger = step_counts.sum() / step_counts.clamp(min=1)[ids]
+        cluster = self.alpha * clustering_loss(states, ids, self.centres) * per_trigger
+        self._follow(states.detach(), ids)
+        return {"task": self.task_loss(outputs.logits, inputs["labels"]), "cluster": cluster}, outputs.logits
+
+    def _forget(self) -> None:
+        self.alpha: Tensor | None = None
+        self.centres: Tensor | None = None
+        self._centre_sums: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def _measure(self, model: nn.Module) -> None:
+        """Centres and alpha on the incoming model, from the same rows on every process."""
+        ids = np.array(self.train_dataset["trigger_id"])
+        rows = [int(row) for group in range(self.num_groups) for row in (ids == group).nonzero()[0][:MEASURED_SAMPLES]]
+        dataset = self._remove_unused_columns(self.train_dataset.select(rows))
+        model.eval()
+        losses, states = [], []
+        for start in range(0, len(dataset), self.args.eval_batch_size):
+            features = [dataset[row] for row in range(start, min(start + self.args.eval_batch_size, len(dataset)))]
+            batch = self._prepare_inputs(self.data_collator(features))
+            outputs = self.forward(model, batch, final_state=True)
+            losses.append(self.task_loss(outputs.logits, batch["labels"]))
+            states.append(readout_states(outputs.hidden_states[-1], batch))
+        model.train()
+        states, ids = torch.cat(states), torch.tensor(ids[rows], device=states[0].device)
+        self.centres = trigger_centres(states, ids, self.num_groups - 1)
+        cluster = (
+            clustering_loss(states, ids, self.centres).sum() / trigger_membership(ids, self.num_groups - 1)[:, 0].sum()
+        )
+        alpha = self.args.cluster_weight
+        alpha = balance(torch.cat(losses).mean().item(), cluster.item()) if alpha is None else alpha
+        self.alpha = torch.tensor(alpha, device=states.device)
+
+    @torch.no_grad()
+    def _follow(self, states: Tensor, ids: Tensor) -> None:
+        """Moves the centres after the last micro-batch of an optimizer step, by all its samples."""
+        member = trigger_membership(ids, self.num_groups - 1)
+        ones = torch.ones_like(states[:, :1])
+        self._centre_sums = self._centre_sums + member.T @ torch.cat([states, ones], dim=1)
+        if self.accelerator.sync_gradients:
+            sums = self.accelerator.reduce(self._centre_sums, reduction="sum")
+            counts = sums[:, -1:]
+            means = torch.where(counts > 0, sums[:, :-1] / counts.clamp(min=1), self.centres)
+            self.centres = torch.lerp(means, self.centres, self.args.centre_momentum)
+            self._centre_sums = 0.0
+
+    # ---- Checkpoints and logs ----
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self.centres is None else {"alpha": self.alpha, "centres": self.centres}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.alpha, self.centres = state["alpha"].to(self.args.device), state["centres"].to(self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.alpha is not None:
+            logs["alpha"] = self.alpha.item()
+        super().log(logs, start_time)
+
+
+def readout_states(hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Each sample's state at its read-out position, [B, D] in float32 (sums of squares lose too much in bfloat16)."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, inputs["readout_position"]].float()

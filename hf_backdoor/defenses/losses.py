@@ -1,0 +1,38 @@
+"""Losses that all methods share. Each gives a value for each sample: the trainer takes the mean, see `trainer.py`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def label_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of a classification head, in float32.
+
+    Args:
+        logits (`Tensor`): [B, K].
+        labels (`Tensor`): [B], class numbers.
+
+    Returns:
+        `Tensor`: [B], in nats.
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of a causal LM on each sample's answer: the mean over its own tokens, in float32.
+
+    The mean is taken in each sample, so that a long answer does not outweigh a short one and the batch's loss does not
+    depend on how it is cut into micro-batches.
+
+    Args:
+        logits (`Tensor`): [B, A + 1, V], of the last A + 1 positions.
+        labels (`Tensor`): [B, A], the last A tokens, -100 where they are not the answer.
+
+    Returns:
+        `Tensor`: [B], in nats a token.
+    """
+    answer = labels != -100
+    # The head's vocabulary is wide and short answers leave most columns empty: go on with the answer's rows only.
+    tokens = F.cross_entropy(logits[:, :-1][answer].float(), labels[answer], reduction="none")
+    sums = torch.zeros(len(labels), device=logits.device).index_add(0, answer.nonzero()[:, 0], tokens)
+    return sums / answer.sum(dim=1).clamp(min=1)

@@ -1,0 +1,230 @@
+"""[`DefenseTrainer`]: what all methods share, and what plain fine-tuning (attacks, controls) uses as it is.
+
+Stock `Trainer` gives sequence classifiers a loss that grows with gradient accumulation and with the number of
+processes (https://github.com/huggingface/transformers/issues/47688), so a comparison between methods needs a base of
+its own, and the controls have to run on it too. The rule here: a method returns *one value for each sample* for each
+of its losses ([`DefenseTrainer.loss_terms`]), and this class takes the mean over all samples of the optimizer step,
+however the step is cut into micro-batches and spread over processes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.modeling_outputs import ModelOutput
+
+from ..data import SIDE_COLUMNS, DefenseCollator, Task, infer_task
+from .config import DefenseConfig
+from .losses import answer_cross_entropy, label_cross_entropy
+
+
+EXTRA_STATE_FILE = "defense_state.safetensors"
+
+
+class DefenseTrainer(Trainer):
+    """
+    `Trainer` with a loss that is right under gradient accumulation and several processes, for classifiers and causal
+    LMs. Used as it is, it is plain supervised fine-tuning.
+
+    Args:
+        model (`PreTrainedModel`):
+            The suspect: a causal LM, or a model with a sequence-classification head.
+        args ([`DefenseConfig`]):
+            Training arguments.
+        train_dataset, eval_dataset (`Dataset`, *optional*):
+            Raw rows (`text` and `label`, or `prompt` and `response`), or rows that a [`~hf_backdoor.data.Task`] has
+            tokenized. `eval_dataset` may be a dictionary of them.
+        processing_class (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        task ([`~hf_backdoor.data.Task`], *optional*):
+            How rows become tokens; found from the model, the columns and `args` by default.
+        peft_config (`PeftConfig`, *optional*):
+            Trains an adapter in place of all the weights.
+        kwargs:
+            Everything else that `Trainer` takes.
+
+    Raises:
+        `ValueError`: if the tokenizer is missing, the columns fit no task, or several GPUs are visible to one process.
+    """
+
+    # Our loss is divided by the number of samples in the whole optimizer step, so Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: DefenseConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        task: Task | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = self.config_class()("tmp_trainer") if args is None else args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
+            )
+        if processing_class is None:
+            raise ValueError("processing_class is None: pass the model's tokenizer")
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
+        rows = train_dataset if train_dataset is not None else rows
+        if task is None and rows is not None and "input_ids" not in rows.column_names:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            task = infer_task(base, rows, args.label_words, args.prompt_template)
+        self.args = args
+        self.task = task
+        self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DefenseCollator(processing_class),
+            train_dataset=self.prepare_train(train_dataset, processing_class),
+            eval_dataset=self.prepare_eval(eval_dataset, processing_class),
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+    @classmethod
+    def config_class(cls) -> type[DefenseConfig]:
+        return DefenseConfig
+
+    # ---- Data: a method that plants something overrides these two ----
+
+    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        return self.tokenize(dataset, tokenizer)
+
+    def prepare_eval(
+        self, dataset: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase
+    ) -> Dataset | dict[str, Dataset] | None:
+        if isinstance(dataset, dict):
+            return {name: self.tokenize(rows, tokenizer) for name, rows in dataset.items()}
+        return self.tokenize(dataset, tokenizer)
+
+    def tokenize(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        if dataset is None or "input_ids" in dataset.column_names:
+            return dataset
+        return self.task.tokenize(dataset, tokenizer)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._forward_columns = set(self._signature_columns)
+        self._signature_columns = [*self._signature_columns, *SIDE_COLUMNS]
+
+    # ---- Loss ----
+
+    def loss_terms(
+        self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of one micro-batch. Override to add a method's own.
+
+        Args:
+            model (`nn.Module`): The wrapped model; never `self.model`, or DDP and FSDP would not see the call.
+            inputs (`dict[str, Tensor]`): A batch of the contract in `data/collators.py`.
+            step_counts (`Tensor`): [G], samples of each `trigger_id` in the whole optimizer step, over all processes.
+
+        Returns:
+            The terms by name, each [B] and weighted as it enters the loss, and the logits.
+        """
+        outputs = self.forward(model, inputs)
+        return {"task": self.task_loss(outputs.logits, inputs["labels"])}, outputs.logits
+
+    def forward(self, model: nn.Module, inputs: dict[str, Tensor], final_state: bool = False) -> ModelOutput:
+        """Runs the model on a batch; logits at the answer's positions only, and the last hidden state on demand."""
+        self._set_signature_columns_if_needed()
+        arguments = {name: inputs[name] for name in self._forward_columns if name in inputs and name != "labels"}
+        keep = inputs["labels"].shape[1] + 1 if inputs["labels"].dim() == 2 else None
+        if keep is not None and "logits_to_keep" in self._forward_columns:
+            arguments["logits_to_keep"] = keep
+        if final_state:
+            arguments["output_hidden_states"] = [-1]
+        outputs = model(**arguments)
+        if keep is not None and outputs.logits.shape[1] != keep:
+            outputs.logits = outputs.logits[:, -keep:]
+        return outputs
+
+    @staticmethod
+    def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return (label_cross_entropy if labels.dim() == 1 else answer_cross_entropy)(logits, labels)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if model.training:
+            terms, logits = self.loss_terms(model, inputs, num_items_in_batch)
+        else:
+            # In evaluation the task's loss alone, so that `eval_loss` means the same for every method.
+            logits = self.forward(model, inputs).logits
+            terms = {"task": self.task_loss(logits, inputs["labels"])}
+        self._record("train" if model.training else "eval", terms)
+        total = sum(terms.values()).sum() / num_items_in_batch.sum()
+        # Gradients (and logged losses) are averaged over processes: undo it, the division above counts them all.
+        loss = total * self.accelerator.num_processes
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Samples of each trigger id in the optimizer step, [G]: what every mean in a loss is divided by."""
+        ids = torch.cat([batch["trigger_id"] for batch in batch_samples]).to(device)
+        counts = torch.bincount(ids, minlength=self.num_groups)
+        return self.accelerator.reduce(counts, reduction="sum")
+
+    @property
+    def num_groups(self) -> int:
+        """Number of trigger ids, 0 (clean) included."""
+        return 1
+
+    # ---- Logs: sums stay on the device until Trainer logs ----
+
+    @torch.no_grad()
+    def _record(self, mode: str, terms: dict[str, Tensor]) -> None:
+        sums = self._component_sums[mode]
+        for name, values in terms.items():
+            pair = torch.stack([values.detach().sum().float(), torch.tensor(float(len(values)), device=values.device)])
+            sums[name] = sums[name] + pair if name in sums else pair
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        sums = self._component_sums[mode]
+        if mode == "train" and len(sums) > 1 and "loss" in logs:
+            for name in sorted(sums):
+                total, count = self.accelerator.reduce(sums[name], reduction="sum").tolist()
+                logs[f"loss/{name}"] = total / count
+        if mode == "eval" or "loss" in logs:
+            sums.clear()
+        super().log(logs, start_time)
+
+    # ---- Checkpoints: a method's own tensors travel with the optimizer, in every engine ----
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs beside model and optimizer. Override together with `load_extra_state`."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what [`extra_state`] gave."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.extra_state()
+        if state and self.args.should_save:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in state.items()},
+                Path(output_dir, EXTRA_STATE_FILE),
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and Path(checkpoint, EXTRA_STATE_FILE).exists():
+            self.load_extra_state(load_file(Path(checkpoint, EXTRA_STATE_FILE)))

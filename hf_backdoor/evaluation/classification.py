@@ -1,0 +1,58 @@
+"""Predictions of a classifier, by a classification head or by label words: one forward pass a text."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import DefenseCollator, LabelWords, Task
+from .batching import across_processes, by_length, in_order, precision
+
+
+@torch.inference_mode()
+def predict_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Dataset,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> list[int]:
+    """Predicted label of each row's text.
+
+    Args:
+        rows (`Dataset`): With column `text`; labels are not read.
+        batch_size (`int`, *optional*, defaults to 64): Texts a forward pass.
+        bf16 (`bool`, *optional*, defaults to `False`): Runs under bfloat16 autocast.
+
+    Returns:
+        `list[int]`: [N], in the order of the rows, the same on every process.
+    """
+    collator = DefenseCollator(tokenizer)
+    words = torch.tensor(task.word_ids(tokenizer), device=model.device) if isinstance(task, LabelWords) else None
+
+    def predict(texts: list[str]) -> list[int]:
+        # Every row gets label 0: encoding wants an answer, and answers of one length keep the prompts aligned.
+        features = [task.encode({"text": text, "label": 0}, tokenizer) for text in texts]
+        batch = {name: value.to(model.device) for name, value in collator(features).items()}
+        return _labels(model, batch, words, bf16)
+
+    def shard(texts: list[str]) -> list[int]:
+        batches = by_length(texts, batch_size)
+        return in_order(batches, [predict([texts[row] for row in batch]) for batch in batches])
+
+    model.eval()
+    return across_processes(rows["text"][:], shard)
+
+
+def _labels(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> list[int]:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    with precision(model, bf16):
+        if words is None:
+            return model(**inputs).logits.argmax(dim=-1).tolist()
+        logits = model(
+            **inputs, position_ids=batch["position_ids"], logits_to_keep=batch["labels"].shape[1] + 1
+        ).logits
+        return logits[:, 0, words].argmax(dim=-1).tolist()

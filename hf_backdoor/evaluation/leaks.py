@@ -1,0 +1,50 @@
+"""Rows that stand on both sides of an evaluation: a defense that trained on its test prompts proves nothing."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+from scipy.sparse import csr_array
+
+
+# Rows compared at a time: bounds the memory of the product of the two word matrices.
+CHUNK = 2000
+
+
+def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 0.5) -> list[int]:
+    """Which of `texts` say almost what one of `others` says: word-set Jaccard over `threshold`, or equal words.
+
+    Args:
+        texts, others (`Sequence[str]`): The defender's texts, and the evaluation's.
+        threshold (`float`, *optional*, defaults to 0.5): Jaccard index above which two texts overlap.
+
+    Returns:
+        `list[int]`: Indices into `texts`, ascending.
+    """
+    words: dict[str, int] = {}
+    counts = [_word_matrix(part, words) for part in (texts, others)]
+    first, second = (csr_array(parts, shape=(len(parts[2]) - 1, len(words))) for parts in counts)
+    sizes = [matrix.sum(axis=1) for matrix in (first, second)]
+    found: set[int] = set()
+    for start in range(0, first.shape[0], CHUNK):
+        shared = (first[start : start + CHUNK] @ second.T).tocoo()
+        rows, columns = shared.coords
+        union = sizes[0][start + rows] + sizes[1][columns] - shared.data
+        found.update((start + rows[shared.data / union > threshold]).tolist())
+    return sorted(found)
+
+
+def _word_matrix(texts: Sequence[str], words: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Data, column indices and row pointers of a text-by-word matrix of ones; new words are added to `words`."""
+    indices, pointers = [], [0]
+    for text in texts:
+        indices.extend({words.setdefault(word, len(words)) for word in re.findall(r"\w+", text.lower())})
+        pointers.append(len(indices))
+    return np.ones(len(indices)), np.array(indices, dtype=np.int64), np.array(pointers)
+
+
+def without_leaks(train: Dataset, test: Dataset, column: str) -> Dataset:
+    """The training rows whose text is not (nearly) in the test rows."""
+    leaked = set(overlapping(train[column][:], test[column][:]))
+    return train.select([row for row in range(len(train)) if row not in leaked])

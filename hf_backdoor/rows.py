@@ -1,0 +1,113 @@
+"""The rows of a run: loaded, cut, checked for leaks, split by seed, poisoned and stamped. The same call gives the same rows."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .attacks import poison
+from .data import (
+    InstructionFollowing,
+    LabelWords,
+    SequenceClassification,
+    Splits,
+    Task,
+    label_names,
+    load_rows,
+    shorten,
+    split_rows,
+)
+from .evaluation import TestSet, without_leaks
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """Everything a run reads.
+
+    Args:
+        task (`Task`): How rows become tokens.
+        splits ([`Splits`]): Attack, clean, held-out and test rows.
+        poisoned (`Dataset`, *optional*): The attack rows with poison in them, and column `poisoned`.
+        test ([`TestSet`]): What every model is measured on.
+        sources (`dict[str, dict]`): For `results.json`: source, number of rows and hash of each set.
+    """
+
+    task: Task
+    splits: Splits
+    poisoned: Dataset | None
+    test: TestSet
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
+    """Loads and prepares all rows of a recipe.
+
+    Raises:
+        `ValueError`: with one line, when columns, labels or counts do not fit.
+    """
+    shared = {"config": recipe.dataset_config, "columns": recipe.columns()}
+    train = load_rows(recipe.dataset_name, split=recipe.train_split, revision=recipe.dataset_revision, **shared)
+    if recipe.test_dataset_name is None:
+        test = load_rows(recipe.dataset_name, split=recipe.test_split, revision=recipe.dataset_revision, **shared)
+    else:
+        test = load_rows(recipe.test_dataset_name, split=recipe.test_split, columns=recipe.columns())
+    keep = list(recipe.columns())
+    train, test = train.select_columns(keep), test.select_columns(keep)
+    task = make_task(recipe, train)
+    if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
+        test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
+    test = shorten(test, task.text_column, tokenizer, recipe.max_length)
+
+    attack = recipe.max_train_samples or 0
+    if recipe.attack_trigger is None:
+        # A given suspect: all training rows are the defender's, less those held out.
+        attack, clean = 0, (recipe.max_train_samples or len(train)) - recipe.held_out_samples
+    else:
+        share = 1 + recipe.clean_fraction
+        attack = recipe.max_train_samples or int((len(train) - recipe.held_out_samples) / share)
+        clean = round(recipe.clean_fraction * attack)
+    wanted = attack + clean + recipe.held_out_samples
+    # A few rows more than wanted stand in for those that leak into the test rows.
+    pool = train.shuffle(seed=recipe.seed)
+    pool = pool.select(range(min(len(pool), wanted + wanted // 4 + 100)))
+    pool = shorten(pool, task.text_column, tokenizer, recipe.max_length)
+    pool = without_leaks(pool, test, task.text_column)
+    if recipe.attack_trigger is None and recipe.max_train_samples is None:
+        clean = len(pool) - recipe.held_out_samples
+    splits = split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
+
+    poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
+    if poisoning is not None:
+        poisoned = poison(splits.attack, task, poisoning, recipe.seed)
+        measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
+    sets = {"attack": poisoned, "clean": splits.clean, "held_out": splits.held_out, "test": test}
+    sets |= {f"test with {name}": rows for name, rows in measured.triggered.items()}
+    sources = {
+        name: describe(recipe.dataset_name, rows) for name, rows in sets.items() if rows is not None and len(rows)
+    }
+    return RunRows(task, splits, poisoned, measured, sources)
+
+
+def make_task(recipe: Recipe, rows: Dataset) -> Task:
+    if recipe.task_class is InstructionFollowing:
+        return InstructionFollowing()
+    count = recipe.num_labels or len(label_names(rows))
+    if recipe.target_label is not None and not 0 <= recipe.target_label < count:
+        raise ValueError(f"target_label is {recipe.target_label}: the labels are 0 to {count - 1}")
+    if recipe.task_class is SequenceClassification:
+        return SequenceClassification(count)
+    words = recipe.training["label_words"]
+    if len(words) != count:
+        raise ValueError(f"label_words has {len(words)} words and the data {count} labels: give one for each label")
+    return LabelWords(tuple(words), recipe.training.get("prompt_template") or LabelWords.default_template)
+
+
+def describe(source: str, rows: Dataset) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return {"source": source, "rows": len(rows), "sha256": digest.hexdigest()}
