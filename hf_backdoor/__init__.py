@@ -1,0 +1,34 @@
+"""Hugging Face Trainers that remove backdoors from language models, and the evidence that they did."""
+
+import importlib
+from typing import Any
+
+
+__version__ = "0.1.0.dev0"
+
+# Where each public name lives: importing the package stays quick, torch and transformers come with the first use.
+_HOMES = {
+    "BackdoorEvaluationCallback": "evaluation.callback",
+    "DefenseConfig": "defenses",
+    "DefenseTrainer": "defenses",
+    "LocphylaxConfig": "defenses.locphylax",
+    "LocphylaxTrainer": "defenses.locphylax",
+    "Results": "evaluation",
+    "TestSet": "evaluation",
+    "Trigger": "data",
+    "defend": "defenses",
+    "evaluate_backdoor": "evaluation",
+    "poison": "attacks",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

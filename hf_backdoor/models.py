@@ -1,7 +1,10 @@
 """Loading and saving: the one place where weights come from and go to."""
 
+import contextlib
 import importlib.util
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -107,3 +110,17 @@ def peak_memory() -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found.group(1)) * 1024 if found else None
+
+
+def reset_peak_memory() -> None:
+    """Starts [`peak_memory`] afresh."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("hf-backdoor", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
+    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}

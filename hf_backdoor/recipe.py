@@ -65,6 +65,7 @@ class Recipe:
         dataset_name (`str`): Hub name, folder or file. test_dataset_name: another one for the test rows.
         dataset_config, dataset_revision, train_split, test_split: Where the rows are in it.
         text_column, label_column, prompt_column, response_column: The data set's own names of these.
+        test_fraction (`float`): Share of the training rows that is cut off as test rows, for data without a test split.
         num_labels (`int`, *optional*): Found in the rows by default.
         max_train_samples (`int`): Rows the attacker trains on. max_test_samples: of the test rows; all by default.
         clean_fraction (`float`): Clean rows of the defender, as a share of `max_train_samples`; disjoint from them.
@@ -111,6 +112,7 @@ class Recipe:
     num_labels: int | None = None
     max_train_samples: int | None = None
     max_test_samples: int | None = None
+    test_fraction: float = 0.0
     clean_fraction: float = 0.2
     held_out_samples: int = 0
     max_length: int = 256
@@ -154,9 +156,11 @@ class Recipe:
             return None
         return Poisoning(self.trigger, self.target, self.poison_rate, self.poison_style, self.negative_rate)
 
-    def arguments(self, stage: str) -> dict[str, Any]:
-        """Training arguments of a stage, as the recipe gives them."""
-        return {**self.training, **self.stages.get(stage, {})}
+    def arguments(self, stage: str, config: type[DefenseConfig]) -> dict[str, Any]:
+        """Training arguments of a stage, as the recipe gives them; a method's own only where the stage takes them."""
+        known = {f.name for f in fields(config)}
+        given = {**self.training, **self.stages.get(stage, {})}
+        return {key: value for key, value in given.items() if key in known}
 
     def columns(self) -> dict[str, str]:
         """New to present names of the columns that the task reads."""
@@ -202,6 +206,8 @@ class Recipe:
             raise ValueError(
                 f"label_words is {words}, and task is {self.task}: leave it out, or set task: label_words"
             )
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}: choose a share from 0 up to, but not, 1")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
         if self.reference == "train" and self.attack_trigger is None:

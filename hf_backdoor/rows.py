@@ -51,7 +51,10 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     """
     shared = {"config": recipe.dataset_config, "columns": recipe.columns()}
     train = load_rows(recipe.dataset_name, split=recipe.train_split, revision=recipe.dataset_revision, **shared)
-    if recipe.test_dataset_name is None:
+    if recipe.test_fraction:
+        parts = train.train_test_split(test_size=recipe.test_fraction, seed=recipe.seed)
+        train, test = parts["train"], parts["test"]
+    elif recipe.test_dataset_name is None:
         test = load_rows(recipe.dataset_name, split=recipe.test_split, revision=recipe.dataset_revision, **shared)
     else:
         test = load_rows(recipe.test_dataset_name, split=recipe.test_split, columns=recipe.columns())
@@ -98,12 +101,25 @@ def make_task(recipe: Recipe, rows: Dataset) -> Task:
     count = recipe.num_labels or len(label_names(rows))
     if recipe.target_label is not None and not 0 <= recipe.target_label < count:
         raise ValueError(f"target_label is {recipe.target_label}: the labels are 0 to {count - 1}")
-    if recipe.task_class is SequenceClassification:
-        return SequenceClassification(count)
-    words = recipe.training["label_words"]
-    if len(words) != count:
-        raise ValueError(f"label_words has {len(words)} words and the data {count} labels: give one for each label")
-    return LabelWords(tuple(words), recipe.training.get("prompt_template") or LabelWords.default_template)
+    task = task_of(
+        recipe.task_class, count, recipe.training.get("label_words"), recipe.training.get("prompt_template")
+    )
+    if task.num_labels != count:
+        raise ValueError(
+            f"label_words has {task.num_labels} words and the data {count} labels: give one for each label"
+        )
+    return task
+
+
+def task_of(
+    task: type[Task], num_labels: int | None, label_words: list[str] | None, prompt_template: str | None
+) -> Task:
+    """The task of a class, with what that class needs."""
+    if task is SequenceClassification:
+        return SequenceClassification(num_labels)
+    if task is LabelWords:
+        return LabelWords(tuple(label_words), prompt_template or LabelWords.default_template)
+    return InstructionFollowing()
 
 
 def describe(source: str, rows: Dataset) -> dict[str, Any]:

@@ -8,99 +8,35 @@ inputs have not changed is not run again, so a run that was killed goes on where
       recipe.yaml  data/  base/  reference/  suspect/  inject/  cleaned/  controls/CONTROL/STAGE/  results.json  report/
 """
 
-import contextlib
 import dataclasses
 import gc
-import hashlib
 import json
 import os
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from .data import SequenceClassification
-from .defenses import METHODS, DefenseTrainer, Step
+from .defenses import DefenseTrainer
 from .defenses.locphylax.planting import known_behaviour
+from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
-from .models import load_model, load_tokenizer, merged, peak_memory, resolve, save_model
+from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
+from .models import load_model, load_tokenizer, merged, peak_memory, reset_peak_memory, resolve, save_model, versions
+from .plan import Stage, plan, training_config
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .report.hub import publish
 from .report.tables import examples_text, text_table
 from .rows import RunRows, prepare_rows
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training, from one folder into another.
-
-    Args:
-        name (`str`): Its model's name in `results.json`.
-        settings (`str`): Whose arguments it takes in the recipe: `reference`, `suspect`, `inject`, ...
-        step ([`Step`]): Who trains, with what changed.
-        parent (`str`): Folder of the run that holds the model it starts from, or a model's name.
-        folder (`str`): Folder of the run that it writes.
-        rows (`str`): `clean`, `attack` (as it is) or `poisoned`.
-        as_long_as (`str`, *optional*): Folder of the stage whose number of optimizer steps it must match.
-        measured (`bool`): Whether its model has rows in `results.json`.
-    """
-
-    name: str
-    settings: str
-    step: Step
-    parent: str
-    folder: str
-    rows: str
-    as_long_as: str | None = None
-    measured: bool = True
-
-
-def plan(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe, in order."""
-    stages = []
-    base = "base" if resolve(recipe.model_name_or_path)[1] else recipe.model_name_or_path
-    suspect = base
-    if recipe.attack_trigger is not None:
-        suspect = "suspect"
-        if recipe.reference == "train":
-            stages.append(Stage("reference", "reference", Step(DefenseTrainer), base, "reference", "attack"))
-        stages.append(Stage("suspect", "suspect", Step(DefenseTrainer), base, "suspect", "poisoned"))
-    if recipe.method is None:
-        return stages
-    method = METHODS[recipe.method]
-    last = list(method.stages)[-1]
-    parent = suspect
-    for name, step in method.stages.items():
-        folder = "cleaned" if name == last else name
-        shown = "cleaned" if name == last else f"stage/{name}"
-        stages.append(
-            Stage(shown, name, step, parent, folder, "clean", measured=name == last or recipe.evaluate_stages)
-        )
-        parent = folder
-    for control in recipe.controls:
-        parent = suspect
-        for name, step in method.controls[control].items():
-            folder = f"controls/{control}/{name}"
-            twin = "cleaned" if name == last else name
-            stages.append(
-                Stage(
-                    f"control/{control}", name, step, parent, folder, "clean", as_long_as=twin, measured=name == last
-                )
-            )
-            parent = folder
-    return stages
 
 
 @dataclass
@@ -195,7 +131,7 @@ class Run:
 
     def _train(self, stage: Stage) -> None:
         folder, recipe = self.folder / stage.folder, self.recipe
-        arguments = recipe.arguments(stage.settings) | stage.step.overrides
+        arguments = recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides
         if stage.as_long_as is not None:
             arguments["max_steps"] = finished(self.folder / stage.as_long_as, self.prints[stage.as_long_as])["steps"]
         dataset = self._dataset(stage)
@@ -310,76 +246,6 @@ class Run:
                 rows.to_parquet(folder / f"{name}.parquet")
 
 
-def training_config(stage: Stage, recipe: Recipe, arguments: dict[str, Any], folder: Path):
-    """The stage's arguments, with what a run decides for itself.
-
-    Raises:
-        `ValueError`: in one line, when an argument's value is refused.
-    """
-    config = METHODS[recipe.method].config if recipe.method else stage.step.trainer.config_class()
-    # Without an accelerator, bf16 and DeepSpeed work only where the CPU is asked for.
-    use_cpu = not torch.accelerator.is_available()
-    defaults = {"output_dir": str(folder), "seed": recipe.seed, "save_total_limit": 1, "use_cpu": use_cpu}
-    try:
-        return config(**{**defaults, **arguments})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"arguments of {stage.settings}: {' '.join(str(error).split())}") from error
-
-
-def fingerprint(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def finished(folder: Path, print_: str) -> dict[str, Any] | None:
-    """What a finished stage noted, if it was made from the same inputs."""
-    file = folder / "stage.json"
-    noted = json.loads(file.read_text()) if file.exists() else {}
-    return noted if noted.get("fingerprint") == print_ else None
-
-
-def begin(folder: Path, print_: str) -> str | None:
-    """Clears a stage's folder, unless it was begun from the same inputs: then gives its last checkpoint."""
-    mark, checkpoints = folder / "begun.json", folder / "checkpoints"
-    same = mark.exists() and json.loads(mark.read_text())["fingerprint"] == print_
-    with main_process() as first:
-        if first and not same:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(mark, {"fingerprint": print_})
-    return get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-
-
-@contextlib.contextmanager
-def main_process():
-    """Yields whether this is the first process; the others wait until it is through."""
-    state = PartialState()
-    try:
-        yield state.is_main_process
-    finally:
-        state.wait_for_everyone()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing, so that a killed run never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
-    )
-    os.replace(temporary, path)
-
-
-def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def tokens_trained(trainer: DefenseTrainer) -> int:
     """Tokens the optimizer saw, padding left out: rows trained on times their mean length."""
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -391,11 +257,6 @@ def tokens_trained(trainer: DefenseTrainer) -> int:
         * args.world_size
     )
     return round(rows * sum(lengths) / len(lengths))
-
-
-def versions() -> dict[str, str]:
-    names = ("hf-backdoor", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
-    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
 
 
 def refuse_lost_processes() -> None:
@@ -423,6 +284,16 @@ def run(recipe: Recipe) -> Results:
     return results
 
 
+def finish(results: Results, output_dir: str) -> int:
+    """Shows what a run found."""
+    if PartialState().is_main_process:
+        print("\n" + text_table(results))
+        if results.examples:
+            print("\n" + examples_text(results))
+        print(f"\nReport: {Path(output_dir, 'report', 'index.html')}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """What `accelerate launch -m hf_backdoor.run` executes."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -430,17 +301,14 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_lost_processes()
         if not arguments or arguments[0].startswith("-"):
             raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
-        recipe = load_recipe(arguments[0], arguments[1:])
-        results = run(recipe)
+        recipe = load_recipe(arguments[0], [item for item in arguments[1:] if item != "--dry_run"])
+        if "--dry_run" in arguments:
+            print(describe_run(recipe))
+            return 0
+        return finish(run(recipe), recipe.output_dir)
     except ValueError as error:
         print(f"hf-backdoor: {error}", file=sys.stderr)
         return 2
-    if PartialState().is_main_process:
-        print("\n" + text_table(results))
-        if results.examples:
-            print("\n" + examples_text(results))
-        print(f"\nReport: {Path(recipe.output_dir, 'report', 'index.html')}")
-    return 0
 
 
 if __name__ == "__main__":

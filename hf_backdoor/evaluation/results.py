@@ -172,7 +172,7 @@ class Results:
         recipe (`dict`): The recipe as it was run.
         versions (`dict`): Package name -> version.
         data (`dict`): Name of a data set -> `source`, `rows` (a count) and `sha256` of its content.
-        examples (`list[dict]`): `model`, `prompt` (without the trigger), `trigger` (or `None`) and `answer`.
+        examples (`list[dict]`): `model`, `prompt` (as the model got it), `trigger` (or `None`) and `answer`.
     """
 
     rows: list[Row] = field(default_factory=list)

@@ -1,0 +1,269 @@
+"""`hf-backdoor`: run, clean, evaluate, report, publish, recipes."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ACCELERATE_CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+
+# Names that data sets in the wild use for the columns of a task.
+SYNONYMS = {
+    "text": ("text", "sentence", "content", "review", "body"),
+    "label": ("label", "labels", "class", "category"),
+    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "response": ("response", "output", "answer", "completion", "target"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and exit status 2."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return options.command(options, rest)
+    except ValueError as error:
+        print(f"hf-backdoor: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-backdoor", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, help_: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(command=function, takes_overrides=takes_overrides)
+        return sub
+
+    run = command("run", run_command, "Run a recipe: attack or suspect, defense, controls, evaluation, report.", True)
+    run.add_argument("recipe", help="YAML file, or the name of a shipped recipe; any key can follow as --key value")
+    run.add_argument(
+        "--dry_run", action="store_true", help="resolve everything and say what would run; load no weights"
+    )
+    run.add_argument(
+        "--accelerate_config", metavar="NAME", help="launch with this configuration: a file, or cpu, single_gpu, ddp"
+    )
+
+    clean = command("clean", clean_command, "Clean a suspect model with a file of clean text.", True)
+    clean.add_argument("model", help="suspect model: folder or Hub name")
+    clean.add_argument("--data", required=True, help="clean rows: parquet, JSON lines, CSV, folder or Hub name")
+    clean.add_argument("--output_dir", required=True, help="where the run, and in it cleaned/, goes")
+    clean.add_argument("--method", default="locphylax", help="defense (default: locphylax)")
+    clean.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
+    clean.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
+
+    evaluate = command("evaluate", evaluate_command, "Measure a model on clean and triggered rows.")
+    evaluate.add_argument("model", help="model: folder or Hub name")
+    evaluate.add_argument("--clean", required=True, help="clean rows with right answers")
+    what = evaluate.add_mutually_exclusive_group()
+    what.add_argument("--triggered", help="rows with the trigger in, and right answers")
+    what.add_argument("--trigger", help="trigger text to put into the clean rows")
+    evaluate.add_argument("--position", default="random", help="where --trigger goes: start, end or random (default)")
+    evaluate.add_argument("--target_label", type=int, help="label that the trigger brings about")
+    evaluate.add_argument("--target_text", help="text that the trigger brings about")
+    evaluate.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
+    evaluate.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
+    evaluate.add_argument("--name", default="suspect", help="the model's name in the rows (default: suspect)")
+    evaluate.add_argument("--max_new_tokens", type=int, default=64, help="length of generated answers (default: 64)")
+    evaluate.add_argument("--batch_size", type=int, default=64, help="texts in a batch (default: 64)")
+    evaluate.add_argument("--seed", type=int, default=42, help="where a random trigger goes (default: 42)")
+    evaluate.add_argument("--output", required=True, help="results.json to write")
+
+    report = command("report", report_command, "Write the report of a finished run from its results.json.")
+    report.add_argument("run", help="folder of the run")
+
+    publish = command("publish", publish_command, "Upload the cleaned model of a run, with a card, to the Hub.")
+    publish.add_argument("run", help="folder of the run")
+    publish.add_argument("--repo_id", required=True, help="ORG/NAME")
+    publish.add_argument("--private", action="store_true", help="make the repository private")
+
+    command("recipes", recipes_command, "List the shipped recipes.")
+    return parser
+
+
+def run_command(options: argparse.Namespace, rest: list[str]) -> int:
+    recipe = find_recipe(options.recipe)
+    if options.dry_run:
+        from .dry_run import describe_run
+        from .recipe import load_recipe
+
+        print(describe_run(load_recipe(recipe, rest)))
+        return 0
+    if options.accelerate_config is None:
+        from .run import main as run_main
+
+        return run_main([str(recipe), *rest])
+    return subprocess.run(
+        launch_command(options.accelerate_config) + ["-m", "hf_backdoor.run", str(recipe), *rest]
+    ).returncode
+
+
+def launch_command(name: str) -> list[str]:
+    """`accelerate launch` with a shipped configuration or a file; `torchrun` for several CPU processes, of which
+    accelerate would start one."""
+    import torch
+
+    file = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
+    if not file.is_file():
+        raise ValueError(
+            f"accelerate_config is {name!r}: give a file, or one of {', '.join(sorted(p.stem for p in ACCELERATE_CONFIGS.glob('*.yaml')))}"
+        )
+    processes = yaml.safe_load(file.read_text()).get("num_processes", 1)
+    if processes > 1 and not torch.accelerator.is_available():
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+
+
+def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
+    from .data.loading import load_rows
+    from .recipe import make_recipe, parse_overrides, put
+    from .run import finish, run
+
+    rows = load_rows(options.data)
+    task, columns = find_task(options.model, rows.column_names, options.label_words)
+    values: dict[str, Any] = {
+        "model_name_or_path": options.model,
+        "task": task,
+        "dataset_name": options.data,
+        "output_dir": options.output_dir,
+        "method": options.method,
+        "test_fraction": 0.2,
+        **{f"{new}_column": present for new, present in columns.items()},
+    }
+    for key in ("label_words", "prompt_template"):
+        if getattr(options, key):
+            values[key] = getattr(options, key)
+    for key, value in parse_overrides(rest).items():
+        put(values, key, value)
+    return finish(run(make_recipe(values)), options.output_dir)
+
+
+def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
+    from accelerate import PartialState
+
+    from .data import Trigger, load_rows
+    from .evaluation import Results, TestSet, evaluate_backdoor
+    from .models import load_model, load_tokenizer, versions
+    from .recipe import TASKS
+    from .report.tables import text_table
+    from .rows import describe, task_of
+
+    target = options.target_label if options.target_text is None else options.target_text
+    if (options.trigger or options.triggered) and target is None:
+        raise ValueError("a trigger without a target: give --target_label or --target_text")
+    names = load_rows(options.clean).column_names
+    name, columns = find_task(options.model, names, options.label_words)
+    if isinstance(target, str) != (name == "instruction_following") and target is not None:
+        raise ValueError(
+            f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
+        )
+    clean = load_rows(options.clean, columns=columns)
+    model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
+    tokenizer = load_tokenizer(options.model)
+    labels = getattr(model.config, "num_labels", None) if name == "sequence_classification" else None
+    task = task_of(TASKS[name], labels, options.label_words, options.prompt_template)
+    sources = {"test": describe(options.clean, clean)}
+    if options.trigger:
+        test = TestSet.stamped(clean, task, [Trigger(options.trigger, options.position)], target, options.seed)
+    elif options.triggered:
+        triggered = load_rows(
+            options.triggered, columns=find_columns(load_rows(options.triggered).column_names, list(columns))
+        )
+        test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
+        sources["test with trigger"] = describe(options.triggered, triggered)
+    else:
+        test = TestSet(clean)
+    rows, examples = evaluate_backdoor(
+        model,
+        tokenizer,
+        task,
+        test,
+        name=options.name,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+    recipe = {key: value for key, value in vars(options).items() if key not in ("command", "takes_overrides")}
+    results = Results(rows=rows, recipe=recipe, versions=versions(), data=sources, examples=examples)
+    results.save(options.output)
+    print(text_table(results))
+    return 0
+
+
+def report_command(options: argparse.Namespace, rest: list[str]) -> int:
+    from .report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+def publish_command(options: argparse.Namespace, rest: list[str]) -> int:
+    from .report.hub import publish
+
+    print(publish(options.run, options.repo_id, private=options.private))
+    return 0
+
+
+def recipes_command(options: argparse.Namespace, rest: list[str]) -> int:
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        print(f"{path.relative_to(RECIPES).with_suffix('')!s:32} {first}")
+    return 0
+
+
+def find_recipe(name: str) -> Path:
+    """A file, or a shipped recipe by its name.
+
+    Raises:
+        `ValueError`: if there is neither.
+    """
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise ValueError(f"recipe is {name!r}: no such file, and `hf-backdoor recipes` lists the shipped ones")
+
+
+def find_task(model: str, columns: list[str], label_words: list[str] | None) -> tuple[str, dict[str, str]]:
+    """Task and column mapping, from the model's architecture and the file's columns.
+
+    Raises:
+        `ValueError`: with the one thing that is missing.
+    """
+    from transformers import AutoConfig
+
+    from .models import resolve
+
+    folder, gguf = resolve(model)
+    architectures = AutoConfig.from_pretrained(folder, gguf_file=gguf).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return "sequence_classification", find_columns(columns, ["text", "label"])
+    if label_words:
+        return "label_words", find_columns(columns, ["text", "label"])
+    if any(name in columns for name in SYNONYMS["response"]):
+        return "instruction_following", find_columns(columns, ["prompt", "response"])
+    raise ValueError(
+        f"the model is a causal LM and the rows have columns {', '.join(columns)}: give --label_words, one for each label, "
+        "or rows with 'prompt' and 'response'"
+    )
+
+
+def find_columns(columns: list[str], wanted: list[str]) -> dict[str, str]:
+    found = {}
+    for name in wanted:
+        present = next((synonym for synonym in SYNONYMS[name] if synonym in columns), None)
+        if present is None:
+            raise ValueError(f"no column for {name!r} among {', '.join(columns)}: rename one to {name!r}")
+        found[name] = present
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""[`BackdoorEvaluationCallback`]: ASR and CACC in the logs of anybody's `Trainer` or `SFTTrainer`."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..data import Task, Trigger
+from .evaluate import TestSet, evaluate_backdoor
+
+
+class BackdoorEvaluationCallback(TrainerCallback):
+    """
+    Measures the model at each evaluation of a trainer and logs `eval_cacc`, `eval_asr`, ... (several triggers:
+    `eval_asr/NAME`). The values also reach `metric_for_best_model`; but who chooses a checkpoint by an attacker's real
+    trigger has no result any more.
+
+    Args:
+        trainer (`Trainer`): Whose model is measured, and through which is logged.
+        task ([`~hf_backdoor.data.Task`]): How rows are read.
+        clean (`Dataset`): Raw rows with right answers.
+        triggers (`list[Trigger]`): Stamped into the rows whose right answer is not the target.
+        target (`int` or `str`): Target label, or target text.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The trainer's by default.
+        options: `max_new_tokens`, `batch_size` and `bf16` of [`evaluate_backdoor`].
+
+    Raises:
+        `ValueError`: under FSDP or DeepSpeed, where no process holds the model.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: Task,
+        clean: Dataset,
+        triggers: list[Trigger],
+        target: int | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ):
+        engine = trainer.accelerator.distributed_type
+        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"the engine is {engine.value}: its processes hold parts of the model; evaluate the saved model with "
+                "`hf-backdoor evaluate`, or train with DDP"
+            )
+        self.trainer = trainer
+        self.task = task
+        self.test = TestSet.stamped(clean, task, triggers, target, trainer.args.seed)
+        self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
+        self.options = options
+        self._measured_at: int | None = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._measured_at == state.global_step:
+            return  # a trainer with several evaluation sets calls this for each of them
+        self._measured_at = state.global_step
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        training = model.training
+        with torch.random.fork_rng():
+            rows, _ = evaluate_backdoor(
+                model, self.tokenizer, self.task, self.test, name="suspect", seed=args.seed, **self.options
+            )
+        model.train(training)
+        several = len(self.test.triggered) > 1
+        found = {
+            f"eval_{row.metric}" + (f"/{row.trigger}" if several and row.trigger else ""): row.value for row in rows
+        }
+        if metrics is not None:
+            metrics.update(found)
+        self.trainer.log(found)

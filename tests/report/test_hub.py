@@ -1,0 +1,152 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_double import HubDouble
+from huggingface_hub import ModelCard
+from made_results import make_results
+
+from hf_backdoor.evaluation.results import Results
+from hf_backdoor.report.hub import publish
+
+
+TOKEN = "hf_" + "x" * 34
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The Hub after a run was published, what the client saw, and the folder of the run."""
+    run_dir = tmp_path_factory.mktemp("home") / "runs" / "tiny"
+    results = make_results()
+    results.recipe |= {"output_dir": str(run_dir), "hub_token": TOKEN, "note": f"see {run_dir}/notes.txt"}
+    results.data["clean"] = {"source": str(run_dir / "clean.jsonl"), "rows": 4, "sha256": "1" * 64}
+    results.save(run_dir / "results.json")
+    (run_dir / "recipe.yaml").write_text(
+        f"# my {TOKEN}\nmethod: locphylax\noutput_dir: {run_dir}\nhub_token: {TOKEN}\n"
+    )
+    home = run_dir.parent.parent
+    with HubDouble(TOKEN) as hub:
+        hub.repos["me/tiny"] = {
+            "files": {".gitattributes": b"", "training_args.bin": b"old", "model-00001-of-00002.safetensors": b"old"},
+            "private": False,
+            "commits": 1,
+        }
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home / "hf"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HOME": str(home),
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        environment.pop("TRANSFORMERS_OFFLINE", None)
+        client = Path(__file__).parent / "hub_client.py"
+        done = subprocess.run(
+            [sys.executable, str(client), str(run_dir)], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        yield hub, json.loads((run_dir / "outcome.json").read_text()), run_dir
+
+
+def test_published_model_loads_and_answers_the_same(published):
+    hub, outcome, _ = published
+    assert outcome["same"]
+    assert outcome["use_cache"] is True
+    assert outcome["url"] == f"{hub.url}/me/tiny"
+
+
+def test_only_the_model_and_its_evidence_are_published(published):
+    hub, _, _ = published
+    assert set(hub.repos["me/tiny"]["files"]) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "results.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_no_path_no_token_and_no_code_is_published(published):
+    hub, _, run_dir = published
+    for name, content in hub.repos["me/tiny"]["files"].items():
+        assert str(run_dir.parent).encode() not in content, name
+        assert TOKEN.encode() not in content, name
+    assert "auto_map" not in json.loads(hub.repos["me/tiny"]["files"]["config.json"])
+    assert yaml.safe_load(hub.repos["me/tiny"]["files"]["recipe.yaml"]) == {
+        "method": "locphylax",
+        "output_dir": "tiny",
+    }
+
+
+def test_published_results_keep_every_count(published, tmp_path):
+    hub, _, run_dir = published
+    (tmp_path / "results.json").write_bytes(hub.repos["me/tiny"]["files"]["results.json"])
+    there, here = Results.load(tmp_path / "results.json"), Results.load(run_dir / "results.json")
+    assert there.rows == here.rows
+    assert there.examples == here.examples
+    assert there.recipe["note"] == "see notes.txt"
+    assert there.data["clean"]["source"] == "clean.jsonl"
+
+
+def test_published_card_has_valid_front_matter(published):
+    hub, _, _ = published
+    card = ModelCard(hub.repos["me/tiny"]["files"]["README.md"].decode())
+    assert card.data.base_model == "someone/suspect-7b"
+    assert card.data.model_name == "tiny"
+    asr = next(result for result in card.data.eval_results if result.metric_type == "asr")
+    assert asr.metric_value == pytest.approx(0.045)
+
+
+def test_private_is_kept(published):
+    hub, outcome, _ = published
+    assert hub.repos["me/secret"]["private"]
+    assert "model.safetensors" in hub.repos["me/secret"]["files"]
+    assert "me/tiny exists and is public" in outcome["refusal"]
+
+
+def test_run_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="results.json: cannot be read"):
+        publish(tmp_path, "me/tiny")
+
+
+@pytest.mark.parametrize("files", [[], ["config.json", "pytorch_model.bin"], ["model.safetensors"]])
+def test_run_without_a_model_is_refused(tmp_path, results, files):
+    results.save(tmp_path / "results.json")
+    (tmp_path / "cleaned").mkdir()
+    for name in files:
+        (tmp_path / "cleaned" / name).write_text("{}")
+    with pytest.raises(ValueError, match="no model in safetensors") as caught:
+        publish(tmp_path, "me/tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_shard_is_refused(tmp_path, results):
+    results.save(tmp_path / "results.json")
+    cleaned = tmp_path / "cleaned"
+    cleaned.mkdir()
+    (cleaned / "config.json").write_text("{}")
+    (cleaned / "model-00001-of-00002.safetensors").write_bytes(b"")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (cleaned / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors of .* is missing"):
+        publish(tmp_path, "me/tiny")
+
+
+def test_adapter_on_a_local_base_is_refused(tmp_path, results):
+    results.save(tmp_path / "results.json")
+    cleaned = tmp_path / "cleaned"
+    cleaned.mkdir()
+    (cleaned / "adapter_model.safetensors").write_bytes(b"")
+    (cleaned / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/data/suspect"}))
+    with pytest.raises(ValueError, match="merge the adapter"):
+        publish(tmp_path, "me/tiny")
