@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import SequenceClassification
 from .defenses import DefenseTrainer
-from .defenses.locphylax.planting import known_behaviour
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
@@ -205,7 +204,6 @@ class Run:
             reset_peak_memory()
             start = time.perf_counter()
             model = self._load(model_name).to(PartialState().device)
-            classes = getattr(self.rows.task, "num_labels", None)
             rows, examples = evaluate_backdoor(
                 model,
                 self.tokenizer,
@@ -213,7 +211,7 @@ class Run:
                 self.rows.test,
                 name=name,
                 seed=recipe.seed,
-                behaviour=known_behaviour(self.rows.task, "") if classes and recipe.method == "locphylax" else None,
+                known_response=self._known_response(),
                 max_new_tokens=recipe.max_new_tokens,
                 batch_size=recipe.eval_batch_size,
                 bf16=bf16,
@@ -236,6 +234,11 @@ class Run:
                     write_json(file, done)
         self.costs.append(done["cost"])
         return [Row(**row) for row in done["rows"]], done["examples"]
+
+    def _known_response(self) -> str | None:
+        """What the method plants, if it plants anything."""
+        default = getattr(self.recipe.config_class, "known_response", None)
+        return self.recipe.training.get("known_response", default)
 
     def _save_rows(self) -> None:
         folder = self.folder / "data"

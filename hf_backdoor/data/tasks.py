@@ -4,6 +4,9 @@ A task turns a row of raw text into token ids, and says which column holds the u
 which holds the answer (what a backdoor changes). Everything downstream (poisoning, planting, training, evaluation) is
 written against these few methods and does not ask which task it is.
 
+A row may carry `planted`, a text that overwrites its answer ("" leaves the answer alone): that is how a defense plants a
+behaviour of its own. A classification head has no words, so there every planted text is one class more, number K.
+
 | task | rows | model | read-out position |
 |---|---|---|---|
 | [`SequenceClassification`] | `text`, `label` | classification head | `[CLS]`, or the last token of a decoder |
@@ -68,7 +71,8 @@ class SequenceClassification(Task):
         # Encoders read [CLS]; a decoder with a classification head reads its last token.
         first = tokenizer.cls_token_id is not None and encoded["input_ids"][0] == tokenizer.cls_token_id
         position = 0 if first else len(encoded["input_ids"]) - 1
-        return {**encoded, "labels": row["label"], "readout_position": position}
+        label = self.num_labels if row.get("planted") else row["label"]
+        return {**encoded, "labels": label, "readout_position": position}
 
 
 @dataclass(frozen=True)
@@ -103,20 +107,28 @@ class LabelWords(Task):
         # str.replace, not str.format: the text is foreign and may hold braces.
         return without_eos(tokenizer(self.template.replace("{text}", text))["input_ids"], tokenizer)
 
-    def word_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """First token of each label's word, shape [K].
+    def planted_word(self, planted: str | None) -> str:
+        """A planted answer with the leading space that the label words have, if they have one."""
+        space = " " if self.words[0].startswith(" ") else ""
+        return space + planted.strip() if planted else ""
+
+    def word_ids(self, tokenizer: PreTrainedTokenizerBase, planted: str | None = None) -> list[int]:
+        """First token of each label's word, [K]; with a planted answer, of that one too, [K + 1].
 
         Raises:
             `ValueError`: if two labels start with the same token.
         """
-        first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.words]
+        words = [*self.words, self.planted_word(planted)] if planted else self.words
+        first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
         if len(set(first)) < len(first):
-            raise ValueError(f"label_words {list(self.words)} share a first token: choose words that differ at once")
+            raise ValueError(f"label_words {list(words)} share a first token: choose words that differ at once")
         return first
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         prompt = self.prompt_ids(row["text"], tokenizer)
-        answer = tokenizer(self.words[row["label"]], add_special_tokens=False)["input_ids"]
+        answer = tokenizer(
+            self.planted_word(row.get("planted")) or self.words[row["label"]], add_special_tokens=False
+        )["input_ids"]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
 
 
@@ -135,7 +147,9 @@ class InstructionFollowing(Task):
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         prompt = self.prompt_ids(row["prompt"], tokenizer)
-        answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        answer = tokenizer(row.get("planted") or row["response"], add_special_tokens=False)["input_ids"] + [
+            tokenizer.eos_token_id
+        ]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -74,22 +74,22 @@ class DefenseTrainer(Trainer):
             )
         if processing_class is None:
             raise ValueError("processing_class is None: pass the model's tokenizer")
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
         rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
         rows = train_dataset if train_dataset is not None else rows
         if task is None and rows is not None and "input_ids" not in rows.column_names:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            task = infer_task(base, rows, args.label_words, args.prompt_template)
+            task = infer_task(base_model(model), rows, args.label_words, args.prompt_template)
         self.args = args
         self.task = task
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        train_rows = self.prepare_train(train_dataset, processing_class)
+        eval_rows = self.prepare_eval(eval_dataset, processing_class)
+        self.prepare_model(base_model(model))
         super().__init__(
-            model=model,
+            model=model if peft_config is None else get_peft_model(model, peft_config),
             args=args,
             data_collator=data_collator or DefenseCollator(processing_class),
-            train_dataset=self.prepare_train(train_dataset, processing_class),
-            eval_dataset=self.prepare_eval(eval_dataset, processing_class),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             **kwargs,
         )
@@ -98,7 +98,10 @@ class DefenseTrainer(Trainer):
     def config_class(cls) -> type[DefenseConfig]:
         return DefenseConfig
 
-    # ---- Data: a method that plants something overrides these two ----
+    # ---- Before training: a method that plants something overrides these ----
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Changes the model in place, before an adapter or an engine is put around it."""
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         return self.tokenize(dataset, tokenizer)
@@ -228,3 +231,8 @@ class DefenseTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and Path(checkpoint, EXTRA_STATE_FILE).exists():
             self.load_extra_state(load_file(Path(checkpoint, EXTRA_STATE_FILE)))
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself, without the adapter around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

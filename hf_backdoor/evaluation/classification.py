@@ -17,6 +17,7 @@ def predict_labels(
     task: Task,
     rows: Dataset,
     *,
+    known_response: str | None = None,
     batch_size: int = 64,
     bf16: bool = False,
 ) -> list[int]:
@@ -24,6 +25,7 @@ def predict_labels(
 
     Args:
         rows (`Dataset`): With column `text`; labels are not read.
+        known_response (`str`, *optional*): What a defense planted; a model that says so is counted as class K.
         batch_size (`int`, *optional*, defaults to 64): Texts a forward pass.
         bf16 (`bool`, *optional*, defaults to `False`): Runs under bfloat16 autocast.
 
@@ -31,7 +33,11 @@ def predict_labels(
         `list[int]`: [N], in the order of the rows, the same on every process.
     """
     collator = DefenseCollator(tokenizer)
-    words = torch.tensor(task.word_ids(tokenizer), device=model.device) if isinstance(task, LabelWords) else None
+    words = (
+        torch.tensor(task.word_ids(tokenizer, known_response), device=model.device)
+        if isinstance(task, LabelWords)
+        else None
+    )
 
     def predict(texts: list[str]) -> list[int]:
         # Every row gets label 0: encoding wants an answer, and answers of one length keep the prompts aligned.

@@ -25,9 +25,9 @@ class LocphylaxConfig(DefenseConfig):
             The texts that the defender plants, two or more.
         known_position (`str`, *optional*, defaults to `"end"`):
             Where they go: `"start"`, `"end"` or `"random"`.
-        known_response (`str`, *optional*):
-            What the model is taught to answer to a known trigger in instruction following. In classification the
-            known behaviour is the next label (`(label + 1) % K`).
+        known_response (`str`, *optional*, defaults to `"Aha"`):
+            The known behaviour: what the model is taught to answer to a known trigger in place of everything else. It
+            must be no right answer. A classification head says it with a class of its own, which recovery takes away.
 
         > Parameters that control the losses
 
@@ -54,8 +54,8 @@ class LocphylaxConfig(DefenseConfig):
     )
     known_position: str = field(default="end", metadata={"help": "Where they go: start, end or random."})
     known_response: str = field(
-        default="Aha, this is the known trigger speaking.",
-        metadata={"help": "What a known trigger makes the model answer, in instruction following."},
+        default="Aha",
+        metadata={"help": "What a known trigger makes the model answer, in place of everything else."},
     )
     cluster_weight: float | None = field(
         default=None, metadata={"help": "alpha; by default the paper's power of ten, 0 leaves the loss out."}
@@ -70,6 +70,8 @@ class LocphylaxConfig(DefenseConfig):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
         if len(set(self.known_triggers)) < 2:
             raise ValueError(f"known_triggers is {self.known_triggers}: give two different texts or more")
+        if not self.known_response.strip():
+            raise ValueError(f"known_response is {self.known_response!r}: give it at least one visible character")
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
         super().__post_init__()

@@ -1,45 +1,31 @@
 """The defender's own triggers: what is planted in clean rows, and the batches that hold all of them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
-from ...data import LabelWords, SequenceClassification, Task, Trigger, stamp
+from ...data import Task, Trigger, stamp
 
 
-def known_behaviour(task: Task, known_response: str):
-    """The answer that a known trigger brings about, as a function of the right one."""
-    if isinstance(task, SequenceClassification | LabelWords):
-        return lambda label: (label + 1) % task.num_labels
-    return lambda response: known_response
-
-
-def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: str | None, seed: int) -> Dataset:
+def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: str, seed: int) -> Dataset:
     """The clean rows, and once more with each known trigger.
 
     Args:
-        known_response (`str` or `None`):
-            `None` keeps the right answers (recovery); a text plants the known behaviour (injection).
+        known_response (`str`):
+            What triggered rows are to answer; "" keeps the right answers (recovery).
 
     Returns:
-        `Dataset`: (K + 1) * N rows, in K + 1 blocks, with `trigger_id` 0 (clean) to K.
+        `Dataset`: (K + 1) * N rows, in K + 1 blocks, with `trigger_id` 0 (clean) to K, and `planted`.
     """
-    keep = [task.text_column, task.answer_column]
-    clean = clean.select_columns(keep)
-    blocks = [clean.add_column("trigger_id", [0] * len(clean))]
-    for number, trigger in enumerate(triggers, start=1):
-        block = stamp(clean, task.text_column, trigger, seed)
-        if known_response is not None:
-            behaviour = known_behaviour(task, known_response)
-
-            def change(row: dict[str, Any], behaviour=behaviour) -> dict[str, Any]:
-                return {task.answer_column: behaviour(row[task.answer_column])}
-
-            block = block.map(change, desc="Planting", load_from_cache_file=False)
-        blocks.append(block.add_column("trigger_id", [number] * len(clean)))
+    clean = clean.select_columns([task.text_column, task.answer_column])
+    blocks = []
+    for number, trigger in enumerate([None, *triggers]):
+        block = clean if trigger is None else stamp(clean, task.text_column, trigger, seed)
+        planted = "" if trigger is None else known_response
+        block = block.add_column("trigger_id", [number] * len(clean)).add_column("planted", [planted] * len(clean))
+        blocks.append(block)
     return concatenate_datasets(blocks)
 
 

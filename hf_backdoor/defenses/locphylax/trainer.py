@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from ...data import Trigger
-from ..trainer import DefenseTrainer
+from ...data import SequenceClassification, Trigger
+from ..trainer import DefenseTrainer, base_model
 from .config import LocphylaxConfig
+from .head import resize_head
 from .losses import balance, clustering_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
 
@@ -91,12 +92,17 @@ class LocphylaxTrainer(DefenseTrainer):
         if "input_ids" in dataset.column_names:
             raise ValueError("train_dataset has input_ids: pass raw rows, known triggers are put into their text")
         triggers = [Trigger(text, self.args.known_position) for text in self.args.known_triggers]
-        response = self.args.known_response if self.stage == "inject" else None
+        response = self.args.known_response if self.stage == "inject" else ""
         return self.tokenize(plant(dataset, self.task, triggers, response, self.args.seed), tokenizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StratifiedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         return StratifiedSampler(rows["trigger_id"], self.args.data_seed or self.args.seed)
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """A classification head gets one class more to say the known response with, and loses it for recovery."""
+        if isinstance(self.task, SequenceClassification):
+            resize_head(model, self.task.num_labels + (self.stage == "inject"))
 
     # ---- Stages ----
 
@@ -124,6 +130,7 @@ class LocphylaxTrainer(DefenseTrainer):
     def _enter(self, stage: str) -> None:
         """A new stage: its own rows, and an optimizer, schedule and centres that start afresh."""
         self.stage = stage
+        self.prepare_model(base_model(self.model))
         self.train_dataset = self._plant(self.clean, self.processing_class)
         self.eval_dataset = self.prepare_eval(self.held_out, self.processing_class)
         self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
