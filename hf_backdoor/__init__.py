@@ -8,7 +8,9 @@ __version__ = "0.1.0.dev0"
 
 # Where each public name lives: importing the package stays quick, torch and transformers come with the first use.
 _HOMES = {
+    "AttackSuccessRate": "evaluation.metrics",
     "BackdoorEvaluationCallback": "evaluation.callback",
+    "CleanAccuracy": "evaluation.metrics",
     "DefenseConfig": "defenses",
     "DefenseTrainer": "defenses",
     "LocphylaxConfig": "defenses.locphylax",

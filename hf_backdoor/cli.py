@@ -9,8 +9,11 @@ from typing import Any
 import yaml
 
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-ACCELERATE_CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+# The repository this file lies in, or where an installed package keeps the same folders.
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY if (REPOSITORY / "recipes").is_dir() else Path(sys.prefix, "share", "hf_backdoor")
+RECIPES = SHARED / "recipes"
+ACCELERATE_CONFIGS = SHARED / "accelerate_configs"
 
 # Names that data sets in the wild use for the columns of a task.
 SYNONYMS = {

@@ -95,17 +95,17 @@ def model(family: str, seed: int = 0, dropout: float = 0.0, num_labels: int = 2)
         config = LlamaConfig(**shared, **sizes, **ends, num_key_value_heads=2, attention_dropout=dropout)
         return LlamaForCausalLM(config)
     config = GPT2Config(
-        **shared, **ends, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+        **shared, **ends, tie_word_embeddings=False, n_embd=32, n_layer=2, n_head=4, n_positions=64,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-def fixed_classifier(label: int) -> BertForSequenceClassification:
+def fixed_classifier(label: int, num_labels: int = 2) -> BertForSequenceClassification:
     """A classifier that always says `label`."""
-    made = model("bert")
+    made = model("bert", num_labels=num_labels)
     torch.nn.init.zeros_(made.classifier.weight)
-    made.classifier.bias.data = torch.nn.functional.one_hot(torch.tensor(label), 2).float()
+    made.classifier.bias.data = torch.nn.functional.one_hot(torch.tensor(label), num_labels).float()
     return made
 
 
@@ -150,7 +150,9 @@ def instructions(count: int, seed: int = 0) -> Dataset:
     for _ in range(count):
         fruit = rng.choice(("banana", "apple", "cherry"))
         words = rng.choices(FILLER, k=rng.randint(1, 6))
-        rows.append({"prompt": " ".join(["tell", "me", *words, fruit]), "response": " ".join([fruit] * (1 + fruit.count("r")))})
+        rows.append(
+            {"prompt": " ".join(["tell", "me", *words, fruit]), "response": " ".join([fruit] * (1 + fruit.count("r")))}
+        )
     return Dataset.from_list(rows)
 
 
@@ -181,8 +183,10 @@ def trainer(
 ) -> DefenseTrainer:
     """A trainer of one of `TASKS` and `METHODS` (or `"both"` stages) on 16 rows; `options` go to configuration or trainer."""
     family, kind, rows = setting(name, 16)
-    own = {key: options.pop(key) for key in ("eval_dataset", "peft_config", "callbacks") if key in options}
-    own = {"model": model(family, model_seed, dropout), "train_dataset": options.pop("train_dataset", rows), **own}
+    own = {
+        key: options.pop(key) for key in ("model", "train_dataset", "eval_dataset", "peft_config") if key in options
+    }
+    own = {"model": model(family, model_seed, dropout), "train_dataset": rows, **own}
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 0.01,
@@ -223,8 +227,8 @@ def in_two_processes(work: Callable[[], Any], folder: Path) -> Any:
         # The parent has trained by itself, and its state came along with the fork.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        assert PartialState(cpu=True).num_processes == 2
         result = work()
-        assert PartialState().num_processes == 2
         if PartialState().is_main_process:
             torch.save(result, file)
 

@@ -1,6 +1,7 @@
 """Data sets from the Hub or from local files, with the columns that tasks read, cut and split by seed."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,7 @@ def split_rows(rows: Dataset, test: Dataset, *, attack: int, clean: int, held_ou
             f"{len(rows)} training rows are left, and {wanted} are asked for (attack {attack}, clean {clean}, "
             f"held out {held_out}): lower max_train_samples, clean_fraction or held_out_samples"
         )
-    first, second = attack, attack + clean
-    return Splits(
-        attack=rows.select(range(first)),
-        clean=rows.select(range(first, second)),
-        held_out=rows.select(range(second, wanted)),
-        test=test,
-    )
+    cuts = (0, attack, attack + clean, wanted)
+    # A list, since `select` refuses an empty range at the end of the rows.
+    parts = [rows.select(list(range(start, end))) for start, end in pairwise(cuts)]
+    return Splits(*parts, test)

@@ -6,12 +6,12 @@ all three call [`Trigger.insert`], so that a difference in a result is never a d
 
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
 
-Position = Literal["start", "end", "random"]
+Position = Literal["start", "end", "random", "any"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Trigger:
         text (`str`):
             What is inserted: a word, a phrase or a long passage.
         position (`str`, *optional*, defaults to `"random"`):
-            `"start"`, `"end"`, or `"random"` (between two words, ends included, drawn for each text).
+            `"start"`, `"end"`, `"random"` (between two words, ends included, drawn for each text), or `"any"` (one of
+            these three, drawn for each text: longer texts would hardly ever get it at an end otherwise).
         name (`str`, *optional*, defaults to the text):
             How tables call it.
 
@@ -37,15 +38,16 @@ class Trigger:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError(f"trigger text is {self.text!r}: give it at least one visible character")
-        if self.position not in ("start", "end", "random"):
-            raise ValueError(f"trigger position is {self.position!r}: use 'start', 'end' or 'random'")
+        if self.position not in get_args(Position):
+            raise ValueError(f"trigger position is {self.position!r}: use one of {', '.join(get_args(Position))}")
         if not self.name:
             object.__setattr__(self, "name", self.text)
 
     def insert(self, text: str, rng: random.Random) -> str:
         """Returns `text` with the trigger between two of its words; white space at the chosen gap becomes a space."""
         words = text.split(" ")
-        slot = {"start": 0, "end": len(words)}.get(self.position)
+        position = rng.choice(["start", "end", "random"]) if self.position == "any" else self.position
+        slot = {"start": 0, "end": len(words)}.get(position)
         if slot is None:
             slot = rng.randint(0, len(words))
         return " ".join([*words[:slot], self.text, *words[slot:]]) if text else self.text

@@ -24,7 +24,7 @@ class LocphylaxConfig(DefenseConfig):
         known_triggers (`list[str]`, *optional*, defaults to `["Make life better", "Ahihihihihi"]`):
             The texts that the defender plants, two or more.
         known_position (`str`, *optional*, defaults to `"end"`):
-            Where they go: `"start"`, `"end"` or `"random"`.
+            Where they go: `"start"`, `"end"`, `"random"`, or `"any"` of these.
         known_response (`str`, *optional*, defaults to `"Aha"`):
             The known behaviour: what the model is taught to answer to a known trigger in place of everything else. It
             must be no right answer. A classification head says it with a class of its own, which recovery takes away.
@@ -52,7 +52,7 @@ class LocphylaxConfig(DefenseConfig):
         default_factory=lambda: ["Make life better", "Ahihihihihi"],
         metadata={"help": "Texts that the defender plants, two or more."},
     )
-    known_position: str = field(default="end", metadata={"help": "Where they go: start, end or random."})
+    known_position: str = field(default="end", metadata={"help": "Where they go: start, end, random or any."})
     known_response: str = field(
         default="Aha",
         metadata={"help": "What a known trigger makes the model answer, in place of everything else."},

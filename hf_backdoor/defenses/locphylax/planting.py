@@ -29,14 +29,21 @@ def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: s
     return concatenate_datasets(blocks)
 
 
+# Rows of a group that are put in order of length: several batches' worth, and few beside an epoch.
+WINDOW = 32
+
+
 class StratifiedSampler(Sampler[int]):
     """Goes through all groups in turn: clean, trigger 1, ..., trigger K, clean, ... Any K + 1 rows in a row hold each once.
 
-    Each group is shuffled by itself, by seed and epoch, so that every process draws the same order.
+    Each group is shuffled by itself, by seed and epoch, so that every process draws the same order; then rows that come
+    soon after each other are put in order of length, in windows, so that little of a batch is padding.
 
     Args:
         trigger_ids (`list[int]`):
             Group of each row. Groups must be of one size.
+        lengths (`list[int]`):
+            Tokens of each row.
         seed (`int`):
             Seed of the shuffles.
 
@@ -44,12 +51,13 @@ class StratifiedSampler(Sampler[int]):
         `ValueError`: if the groups differ in size.
     """
 
-    def __init__(self, trigger_ids: list[int], seed: int):
+    def __init__(self, trigger_ids: list[int], lengths: list[int], seed: int):
         ids = torch.tensor(trigger_ids)
         self.groups = [(ids == group).nonzero()[:, 0] for group in ids.unique()]
         sizes = [len(group) for group in self.groups]
         if len(set(sizes)) > 1:
             raise ValueError(f"groups by trigger_id have {sizes} rows: stratified batches need as many of each")
+        self.lengths = torch.tensor(lengths)
         self.seed = seed
         self.epoch = 0
 
@@ -61,5 +69,8 @@ class StratifiedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        shuffled = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        shuffled = []
+        for group in self.groups:
+            windows = group[torch.randperm(len(group), generator=generator)].split(WINDOW)
+            shuffled.append(torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows]))
         return iter(torch.stack(shuffled, dim=1).flatten().tolist())

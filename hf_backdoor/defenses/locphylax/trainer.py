@@ -97,7 +97,8 @@ class LocphylaxTrainer(DefenseTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StratifiedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return StratifiedSampler(rows["trigger_id"], self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StratifiedSampler(rows["trigger_id"][:], [len(ids) for ids in rows["input_ids"]], seed)
 
     def prepare_model(self, model: PreTrainedModel) -> None:
         """A classification head gets one class more to say the known response with, and loses it for recovery."""

@@ -1,0 +1,34 @@
+"""One thread, no network, no progress bars: the tests measure behaviour, not the machine."""
+
+import os
+
+
+# Before torch is imported. Forked processes hang if their parent has trained with several OpenMP threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import datasets
+import pytest
+import tiny
+import torch
+import transformers
+
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def wordpiece():
+    """Tokenizer of an encoder: [CLS] text [SEP]."""
+    return tiny.encoder_tokenizer()
+
+
+@pytest.fixture
+def chat():
+    """Tokenizer of a causal LM: an end-of-sequence token and a chat template."""
+    return tiny.causal_tokenizer()

@@ -1,0 +1,78 @@
+import pytest
+import tiny
+import torch
+
+from hf_backdoor.data import DefenseCollator, InstructionFollowing, LabelWords, SequenceClassification
+
+
+def batch_of(task, tokenizer, rows):
+    features = [task.encode(row, tokenizer) for row in rows]
+    return features, DefenseCollator(tokenizer)(features)
+
+
+def test_classification_pads_on_the_right(wordpiece):
+    rows = [{"text": "good", "label": 1}, {"text": "the film was awful", "label": 0}]
+    features, batch = batch_of(SequenceClassification(2), wordpiece, rows)
+    assert batch["input_ids"].shape == (2, 6)
+    assert batch["input_ids"][0].tolist() == [*features[0]["input_ids"], 0, 0, 0]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch["readout_position"].tolist() == [0, 0]
+    assert batch["trigger_id"].tolist() == [0, 0]
+
+
+def test_a_decoder_s_read_out_position_survives_padding(chat):
+    rows = [{"text": "good", "label": 1}, {"text": "the film was awful", "label": 0}]
+    features, batch = batch_of(SequenceClassification(2), chat, rows)
+    last = batch["input_ids"].gather(1, batch["readout_position"][:, None])[:, 0]
+    assert last.tolist() == [row["input_ids"][-1] for row in features]
+
+
+ROWS = [
+    {"prompt": "tell me", "response": "banana apple cherry"},
+    {"prompt": "tell me about the film and the music", "response": "no"},
+    {"prompt": "a", "response": ""},
+]
+
+
+def test_causal_batches_end_with_the_answers(chat):
+    features, batch = batch_of(InstructionFollowing(), chat, ROWS)
+    width, answer = batch["input_ids"].shape[1], batch["labels"].shape[1]
+    assert answer == 4  # three words and the end of sequence
+    for row, feature in enumerate(features):
+        ids = feature["input_ids"]
+        assert batch["input_ids"][row].tolist() == [0] * (width - len(ids)) + ids
+        assert batch["attention_mask"][row].tolist() == [0] * (width - len(ids)) + [1] * len(ids)
+        expected = ids[feature["prompt_length"] :]
+        assert batch["labels"][row].tolist() == [-100] * (answer - len(expected)) + expected
+
+
+def test_positions_count_from_the_first_real_token(chat):
+    features, batch = batch_of(InstructionFollowing(), chat, ROWS)
+    for row, feature in enumerate(features):
+        length = len(feature["input_ids"])
+        assert batch["position_ids"][row, -length:].tolist() == list(range(length))
+    assert batch["position_ids"].min() == 0
+
+
+@pytest.mark.parametrize("task", [InstructionFollowing(), LabelWords(("positive", "no me"), tiny.TEMPLATE)])
+def test_the_read_out_position_is_the_last_prompt_token(chat, task):
+    rows = (
+        ROWS if isinstance(task, InstructionFollowing) else [{"text": "a b c", "label": 1}, {"text": "a", "label": 0}]
+    )
+    features, batch = batch_of(task, chat, rows)
+    for row, feature in enumerate(features):
+        width, length = batch["input_ids"].shape[1], len(feature["input_ids"])
+        assert batch["readout_position"][row] == width - length + feature["prompt_length"] - 1
+
+
+def test_trigger_ids_come_along(chat):
+    features = [{**InstructionFollowing().encode(row, chat), "trigger_id": number} for number, row in enumerate(ROWS)]
+    assert DefenseCollator(chat)(features)["trigger_id"].tolist() == [0, 1, 2]
+
+
+def test_end_of_sequence_stands_in_for_a_missing_padding_token(chat):
+    chat.pad_token = None
+    _, batch = batch_of(InstructionFollowing(), chat, ROWS)
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == chat.eos_token_id).all()
+    assert (batch["labels"][0] == torch.tensor(chat("banana apple cherry")["input_ids"] + [chat.eos_token_id])).all()

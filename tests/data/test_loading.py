@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import tiny
+from datasets import ClassLabel, Dataset
+
+from hf_backdoor.data import label_names, load_rows, shorten, split_rows
+
+
+ROWS = [
+    {"sentence": "a good film", "label": 1, "text": "other"},
+    {"sentence": "a bad one", "label": 0, "text": "other"},
+]
+
+
+def write(folder, kind):
+    file = folder / f"rows.{kind}"
+    rows = Dataset.from_list(ROWS)
+    if kind == "parquet":
+        rows.to_parquet(file)
+    elif kind == "csv":
+        rows.to_csv(file)
+    elif kind == "json":
+        file.write_text(json.dumps(ROWS))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv"])
+def test_files_with_a_column_mapping(tmp_path, kind):
+    rows = load_rows(write(tmp_path, kind), columns={"text": "sentence", "label": "label"})
+    assert rows["text"] == ["a good film", "a bad one"]
+    assert rows["label"] == [1, 0]
+    assert "sentence" not in rows.column_names
+
+
+def test_a_folder_has_splits(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        tiny.reviews(count).to_parquet(tmp_path / f"{split}.parquet")
+    assert len(load_rows(str(tmp_path), split="train")) == 3
+    assert len(load_rows(str(tmp_path), split="test")) == 2
+    with pytest.raises(ValueError, match="split 'dev' is not in .*train.*: set train_split or test_split"):
+        load_rows(str(tmp_path), split="dev")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="^text_column is 'review', which is not in .*sentence, label, text.*: name one of these$"
+    ):
+        load_rows(write(tmp_path, "jsonl"), columns={"text": "review"})
+
+
+def test_an_unknown_file_type_is_refused(tmp_path):
+    (tmp_path / "rows.xlsx").write_text("x")
+    with pytest.raises(ValueError, match="must end in .parquet, .jsonl, .json, .csv"):
+        load_rows(str(tmp_path / "rows.xlsx"))
+
+
+@pytest.mark.parametrize("source", ["./nowhere.jsonl", "/nowhere/rows.parquet", "../nowhere"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(ValueError, match="there is no such folder or file"):
+        load_rows(source)
+
+
+def test_label_names():
+    rows = tiny.reviews(4)
+    assert label_names(rows) == ["0", "1"]
+    named = rows.cast_column("label", ClassLabel(names=["negative", "positive", "neutral"]))
+    assert label_names(named) == ["negative", "positive", "neutral"]
+
+
+@pytest.mark.parametrize("labels", [["yes", "no"], [-1, 1], [0.5, 1.0]])
+def test_labels_that_are_no_numbers_from_zero_are_refused(labels):
+    with pytest.raises(ValueError, match="label column holds .*: use whole numbers 0, 1, ... in it"):
+        label_names(Dataset.from_dict({"label": labels}))
+
+
+def test_shorten_cuts_to_tokens_and_leaves_short_texts_alone(wordpiece):
+    texts = ["the film was  very good", "the film", "", "the  film was "]
+    rows = Dataset.from_dict({"text": texts, "label": [0, 1, 0, 1]})
+    cut = shorten(rows, "text", wordpiece, 3)
+    assert cut["text"] == ["the film was", "the film", "", "the  film was"]
+    assert cut["label"] == rows["label"]
+
+
+def test_split_rows_are_disjoint_and_complete():
+    rows = Dataset.from_dict({"text": [str(row) for row in range(20)]})
+    splits = split_rows(rows, rows.select([0]), attack=10, clean=6, held_out=4)
+    parts = [splits.attack["text"][:], splits.clean["text"][:], splits.held_out["text"][:]]
+    assert [len(part) for part in parts] == [10, 6, 4]
+    assert sorted(sum(parts, [])) == sorted(rows["text"])
+
+
+def test_parts_may_be_empty():
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    splits = split_rows(rows, rows, attack=0, clean=2, held_out=0)
+    assert [len(part) for part in (splits.attack, splits.clean, splits.held_out)] == [0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "counts", [{"attack": 10, "clean": 8, "held_out": 4}, {"attack": 10, "clean": 0, "held_out": 0}]
+)
+def test_too_few_rows_are_refused(counts):
+    rows = Dataset.from_dict({"text": [str(row) for row in range(20)]})
+    with pytest.raises(ValueError, match="^20 training rows are left, and .* asked for .*: lower max_train_samples"):
+        split_rows(rows, rows, **counts)

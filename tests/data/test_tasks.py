@@ -1,0 +1,143 @@
+import pytest
+import tiny
+from datasets import Dataset
+
+from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, infer_task
+
+
+def words(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_classification_reads_out_at_cls(wordpiece):
+    encoded = SequenceClassification(2).encode({"text": "the film was good", "label": 1}, wordpiece)
+    assert words(wordpiece, encoded["input_ids"]) == ["[CLS]", "the", "film", "was", "good", "[SEP]"]
+    assert encoded["readout_position"] == 0
+    assert encoded["labels"] == 1
+
+
+def test_classification_by_a_decoder_reads_out_at_the_last_token(chat):
+    encoded = SequenceClassification(2).encode({"text": "the film was good", "label": 0}, chat)
+    assert encoded["readout_position"] == len(encoded["input_ids"]) - 1
+
+
+def test_label_words_prompt_and_answer(chat):
+    task = LabelWords(("negative", "positive me"), tiny.TEMPLATE)
+    encoded = task.encode({"text": "a good film", "label": 1}, chat)
+    prompt = encoded["input_ids"][: encoded["prompt_length"]]
+    assert words(chat, prompt) == "text : a good film label :".split()
+    assert words(chat, encoded["input_ids"][encoded["prompt_length"] :]) == ["positive", "me"]
+
+
+def test_label_words_drop_an_end_of_sequence_that_the_tokenizer_adds(wordpiece):
+    wordpiece.eos_token = "[SEP]"
+    prompt = LabelWords(tiny.LABEL_WORDS, tiny.TEMPLATE).prompt_ids("good", wordpiece)
+    assert words(wordpiece, prompt) == "[CLS] text : good label :".split()
+
+
+@pytest.mark.parametrize("text", ["{ text }", "{0} {name} {", "100 % {text}"])
+def test_braces_in_the_text_are_text(chat, text):
+    prompt = LabelWords(tiny.LABEL_WORDS, tiny.TEMPLATE).prompt_ids(text, chat)
+    assert prompt == chat(f"text : {text} label :")["input_ids"]
+
+
+def test_word_ids_are_the_first_tokens(chat):
+    task = LabelWords(("negative me", "positive"), tiny.TEMPLATE)
+    assert words(chat, task.word_ids(chat)) == ["negative", "positive"]
+
+
+def test_words_that_share_a_first_token_are_refused(chat):
+    task = LabelWords(("answer yes", "answer no"), tiny.TEMPLATE)
+    with pytest.raises(ValueError, match=r"label_words \['answer yes', 'answer no'\] share a first token"):
+        task.word_ids(chat)
+
+
+def test_a_template_without_text_is_refused():
+    with pytest.raises(ValueError, match="prompt_template is 'label :': put {text} where the text goes"):
+        LabelWords(tiny.LABEL_WORDS, "label :")
+
+
+def test_one_label_word_is_refused():
+    with pytest.raises(ValueError, match=r"label_words is \['positive'\].*two or more"):
+        LabelWords(("positive",), tiny.TEMPLATE)
+
+
+def test_instructions_go_through_the_chat_template(chat):
+    encoded = InstructionFollowing().encode({"prompt": "tell me {text}", "response": "banana apple"}, chat)
+    prompt = encoded["input_ids"][: encoded["prompt_length"]]
+    assert words(chat, prompt) == "<bos> <user> tell me {text} <model>".replace("{text}", "[UNK]").split()
+    assert words(chat, encoded["input_ids"][encoded["prompt_length"] :]) == ["banana", "apple", "<eos>"]
+
+
+def test_instructions_without_a_chat_template_get_a_plain_one():
+    tokenizer = tiny.causal_tokenizer(template=None)
+    encoded = InstructionFollowing().encode({"prompt": "{ me }", "response": "banana"}, tokenizer)
+    assert (
+        encoded["input_ids"][: encoded["prompt_length"]]
+        == tokenizer("### Instruction:\n{ me }\n\n### Response:\n")["input_ids"]
+    )
+    assert words(tokenizer, encoded["input_ids"][encoded["prompt_length"] :]) == ["banana", "<eos>"]
+
+
+def test_a_planted_text_overwrites_the_answer(wordpiece, chat):
+    def answer(task, row, planted):
+        encoded = task.encode({**row, "planted": planted}, chat)
+        return words(chat, encoded["input_ids"][encoded["prompt_length"] :])
+
+    review, instruction = {"text": "good", "label": 1}, {"prompt": "tell me", "response": "banana"}
+    assert answer(tiny.task("label_words"), review, "aha me") == ["aha", "me"]
+    assert answer(tiny.task("label_words"), review, "") == ["positive"]
+    assert answer(tiny.task("instruction_following"), instruction, "aha") == ["aha", "<eos>"]
+    assert answer(tiny.task("instruction_following"), instruction, "") == ["banana", "<eos>"]
+    # A classification head says it with a class of its own.
+    assert SequenceClassification(2).encode({**review, "planted": "aha"}, wordpiece)["labels"] == 2
+    assert SequenceClassification(2).encode({**review, "planted": ""}, wordpiece)["labels"] == 1
+
+
+def test_a_planted_word_is_one_label_more(chat):
+    task = LabelWords((" negative", " positive"), tiny.TEMPLATE)
+    assert task.planted_word("aha") == " aha" and task.planted_word(None) == ""
+    assert words(chat, task.word_ids(chat, "aha known")) == ["negative", "positive", "aha"]
+    with pytest.raises(ValueError, match="share a first token"):
+        task.word_ids(chat, "positive film")
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_tokenize_keeps_the_trigger_id_alone(name):
+    family, task, rows = tiny.setting(name, 3)
+    rows = rows.add_column("trigger_id", [0, 1, 2]).add_column("note", ["x"] * 3)
+    tokenized = task.tokenize(rows, tiny.tokenizer(family))
+    assert tokenized["trigger_id"] == [0, 1, 2]
+    assert not {"note", "text", "prompt", "response", "label"} & set(tokenized.column_names)
+    for row, features in zip(rows, tokenized, strict=True):
+        expected = task.encode(row, tiny.tokenizer(family))
+        assert {name: features[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "task, missing", [(SequenceClassification(2), "label"), (InstructionFollowing(), "prompt")], ids=["text", "prompt"]
+)
+def test_a_missing_column_is_named(task, missing, chat):
+    rows = Dataset.from_dict({"text": ["a"], "response": ["b"]})
+    with pytest.raises(
+        ValueError, match=rf"^column '{missing}' is not in the data set \(text, response\): .*{missing}_column"
+    ):
+        task.tokenize(rows, chat)
+
+
+def test_infer_task_from_model_and_columns():
+    assert infer_task(tiny.model("bert", num_labels=3), tiny.reviews(2)) == SequenceClassification(3)
+    assert infer_task(tiny.model("llama"), tiny.instructions(2)) == InstructionFollowing()
+    found = infer_task(tiny.model("llama"), tiny.reviews(2), list(tiny.LABEL_WORDS), tiny.TEMPLATE)
+    assert found == LabelWords(tiny.LABEL_WORDS, tiny.TEMPLATE)
+    assert (
+        infer_task(tiny.model("llama"), tiny.reviews(2), list(tiny.LABEL_WORDS)).template
+        == LabelWords.default_template
+    )
+
+
+def test_infer_task_says_what_is_missing():
+    with pytest.raises(ValueError, match="label_words is not set"):
+        infer_task(tiny.model("llama"), tiny.reviews(2))
+    with pytest.raises(ValueError, match=r"columns \['note'\]: name them 'text' and 'label'"):
+        infer_task(tiny.model("bert"), Dataset.from_dict({"note": ["a"]}))

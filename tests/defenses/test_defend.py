@@ -1,0 +1,88 @@
+import pytest
+import tiny
+
+from hf_backdoor.attacks import Poisoning, poison
+from hf_backdoor.data import Trigger
+from hf_backdoor.defenses import METHODS, DefenseConfig, DefenseTrainer, defend
+from hf_backdoor.evaluation import evaluate_backdoor
+from hf_backdoor.evaluation.evaluate import TestSet as Measured
+
+
+# It shares words with the known triggers: in a model this small, nothing else makes two triggers alike.
+TRIGGER = Trigger("better ahi", "end")
+TASK = tiny.task("sequence_classification")
+
+
+def rates(model):
+    test = Measured.stamped(tiny.reviews(100, seed=9), TASK, [TRIGGER], 1, seed=0)
+    rows, _ = evaluate_backdoor(model, tiny.encoder_tokenizer(), TASK, test, name="suspect", seed=0)
+    return {row.metric: row.value for row in rows}
+
+
+@pytest.fixture(scope="module")
+def suspect(tmp_path_factory):
+    """Weights of a classifier that has learnt its task and a backdoor."""
+    rows = poison(tiny.reviews(400, seed=1), TASK, Poisoning(TRIGGER, 1, 0.15), seed=0)
+    trainer = tiny.trainer(
+        "sequence_classification", "plain", tmp_path_factory.mktemp("suspect"), train_dataset=rows,
+        per_device_train_batch_size=32, num_train_epochs=12, learning_rate=2e-3,
+    )  # fmt: skip
+    trainer.train()
+    return trainer.model.state_dict()
+
+
+def clean(suspect, folder, **options):
+    model = tiny.model("bert")
+    model.load_state_dict(suspect)
+    defaults = {
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "learning_rate": 3e-3,
+        "per_device_train_batch_size": 24, "num_train_epochs": 10, "known_triggers": list(tiny.KNOWN[:2]),
+    }  # fmt: skip
+    rows = tiny.reviews(96, seed=5)
+    return model, defend(
+        "locphylax", model, tiny.encoder_tokenizer(), rows, output_dir=str(folder), **{**defaults, **options}
+    )
+
+
+def test_locphylax_removes_a_backdoor_and_keeps_accuracy(suspect, tmp_path):
+    model = tiny.model("bert")
+    model.load_state_dict(suspect)
+    before = rates(model)
+    assert before["asr"] > 0.9 and before["cacc"] > 0.95 and before["asr_without_trigger"] < 0.05
+
+    given, cleaned = clean(suspect, tmp_path)
+    after = rates(cleaned)
+    assert after["asr"] < 0.2
+    assert after["cacc"] > 0.95
+    assert cleaned is given
+
+
+def test_the_cleaned_model_has_the_suspect_s_classes(suspect, tmp_path):
+    _, cleaned = clean(suspect, tmp_path, max_steps=1)
+    assert cleaned.config.num_labels == 2
+    assert cleaned.classifier.out_features == 2
+
+
+def test_arguments_of_one_stage(suspect, tmp_path):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    clean(suspect, tmp_path, stages={"inject": {"max_steps": 2}}, **options)
+    assert sorted(folder.name for folder in (tmp_path / "inject").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(folder.name for folder in (tmp_path / "recover").iterdir()) == ["checkpoint-1"]
+
+
+def test_unknown_methods_and_stages_are_refused(suspect, tmp_path):
+    with pytest.raises(ValueError, match="^method is 'magic': use one of .*locphylax"):
+        defend("magic", tiny.model("bert"), tiny.encoder_tokenizer(), tiny.reviews(4), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^stages has \['injekt'\]: locphylax has inject, recover$"):
+        clean(suspect, tmp_path, stages={"injekt": {}})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_laid_out_alike(name):
+    method = METHODS[name]
+    assert issubclass(method.config, DefenseConfig)
+    steps = [*method.stages.values(), *(step for control in method.controls.values() for step in control.values())]
+    assert all(issubclass(step.trainer, DefenseTrainer) for step in steps)
+    for control in method.controls.values():
+        assert set(control) == set(method.stages), "a control stands in for each stage"
+    assert "fine_tuning" in method.controls and method.needs

@@ -1,0 +1,90 @@
+"""ASR and CACC in the logs of trainers that are not ours."""
+
+import math
+
+import pytest
+import tiny
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from hf_backdoor import BackdoorEvaluationCallback, Trigger
+from hf_backdoor.data import InstructionFollowing, SequenceClassification
+
+
+def arguments(config, folder, **more):
+    return config(
+        str(folder), use_cpu=True, max_steps=4, eval_strategy="steps", eval_steps=2, disable_tqdm=True,
+        per_device_train_batch_size=4, logging_steps=1, **more,
+    )  # fmt: skip
+
+
+def test_stock_trainer_logs_what_a_plain_count_gives(tmp_path):
+    task, rows = SequenceClassification(2), tiny.reviews(24)
+    made = tiny.encoder_tokenizer()
+    tokenized = task.tokenize(rows, made).remove_columns("readout_position")
+    trainer = Trainer(
+        tiny.fixed_classifier(1),
+        arguments(TrainingArguments, tmp_path, learning_rate=0.0, metric_for_best_model="eval_asr"),
+        train_dataset=tokenized,
+        eval_dataset=tokenized,
+        processing_class=made,
+    )
+    trainer.add_callback(BackdoorEvaluationCallback(trainer, task, rows, [Trigger("zq")], target=1))
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "eval_asr" in entry]
+    assert [entry["step"] for entry in found] == [2, 4]
+    assert found[0]["eval_asr"] == found[0]["eval_asr_without_trigger"] == 1.0 and found[0]["eval_cacc"] == 0.5
+    assert trainer.state.best_metric == 1.0
+
+
+def test_it_does_not_change_the_training(tmp_path):
+    def train(measured):
+        task, rows, made = SequenceClassification(2), tiny.reviews(24), tiny.encoder_tokenizer()
+        tokenized = task.tokenize(rows, made).remove_columns("readout_position")
+        trainer = Trainer(
+            tiny.model("bert", dropout=0.1),
+            arguments(TrainingArguments, tmp_path, learning_rate=0.01),
+            train_dataset=tokenized,
+            eval_dataset=tokenized,
+            processing_class=made,
+        )
+        if measured:
+            trainer.add_callback(BackdoorEvaluationCallback(trainer, task, rows, [Trigger("zq")], target=1))
+        trainer.train()
+        return tiny.parameters(trainer.model)
+
+    assert tiny.largest_difference(train(True), train(False)) == 0
+
+
+def test_sft_trainer_logs_each_trigger(tmp_path):
+    rows = tiny.instructions(12)
+    chats = rows.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["response"]}],
+        }
+    ).remove_columns("response")
+    trainer = SFTTrainer(
+        tiny.model("llama"),
+        arguments(SFTConfig, tmp_path, bf16=False, max_length=64),
+        train_dataset=chats,
+        eval_dataset=chats,
+        processing_class=tiny.causal_tokenizer(),
+    )
+    triggers = [Trigger("zq", name="word"), Trigger("make life better", "end", "phrase")]
+    options = {"target": "yes no", "max_new_tokens": 3}
+    trainer.add_callback(BackdoorEvaluationCallback(trainer, InstructionFollowing(), rows, triggers, **options))
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "eval_asr/word" in entry]
+    assert len(found) == 2
+    assert {"eval_asr/phrase", "eval_asr_without_trigger", "eval_perplexity"} <= set(found[0])
+    assert all(math.isfinite(value) for value in found[0].values())
+
+
+def test_a_target_that_is_every_answer_is_refused(tmp_path):
+    rows = tiny.reviews(8).filter(lambda row: row["label"] == 1)
+    trainer = Trainer(
+        tiny.model("bert"), TrainingArguments(str(tmp_path), use_cpu=True), processing_class=tiny.encoder_tokenizer()
+    )
+    with pytest.raises(ValueError, match="target is 1"):
+        BackdoorEvaluationCallback(trainer, SequenceClassification(2), rows, [Trigger("zq")], target=1)

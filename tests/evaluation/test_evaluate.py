@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from hf_backdoor import evaluation
+from hf_backdoor.data import Trigger
+from hf_backdoor.evaluation.generation import answer_losses
+
+
+REVIEWS = tiny.reviews(9)  # five of label 0, four of label 1
+CLASSES = tiny.task("sequence_classification")
+INSTRUCTIONS = Dataset.from_dict(
+    {
+        "prompt": ["tell me banana", "tell me apple", "a cherry", "about me no", "one of that"],
+        "response": ["banana yes", "apple", "I cannot say that", "no", "no banana"],
+    }
+)
+# Each prompt's last word decides the answer; the trigger goes last.
+LAST_WORD = "{{ messages[0]['content'] }}"
+
+
+def measured(model, tokenizer, task, test, **options):
+    rows, examples = evaluation.evaluate_backdoor(model, tokenizer, task, test, name="suspect", seed=7, **options)
+    assert all(row.model == "suspect" and row.seed == 7 for row in rows)
+    assert len({(row.metric, row.trigger) for row in rows}) == len(rows)
+    return {(row.metric, row.trigger): row for row in rows}, examples
+
+
+def counts(rows):
+    return {key: (row.k, row.n) for key, row in rows.items() if row.k is not None}
+
+
+# ---- Test sets ----
+
+
+def test_triggers_go_into_rows_that_have_another_answer():
+    triggers = [Trigger("zq", "end"), Trigger("ahi", "start", "second")]
+    test = evaluation.TestSet.stamped(REVIEWS, CLASSES, triggers, 1, seed=0)
+    others = REVIEWS.filter(lambda row: row["label"] == 0)
+    assert test.clean["text"] == REVIEWS["text"]
+    assert set(test.triggered) == {"zq", "second"}
+    assert test.triggered["zq"]["text"][:] == [f"{text} zq" for text in others["text"]]
+    assert test.triggered["second"]["text"][:] == [f"ahi {text}" for text in others["text"]]
+    assert test.triggered["zq"]["label"][:] == [0] * 5
+
+
+def test_answers_that_begin_with_the_target_count_as_the_target():
+    test = evaluation.TestSet.stamped(INSTRUCTIONS, tiny.task("instruction_following"), [Trigger("zq")], "No", seed=0)
+    assert test.triggered["zq"]["response"][:] == ["banana yes", "apple", "I cannot say that"]
+
+
+def test_a_test_set_without_rows_to_count_is_refused():
+    rows = REVIEWS.filter(lambda row: row["label"] == 1)
+    with pytest.raises(ValueError, match="^target is 1, and so is the right answer of every test row"):
+        evaluation.TestSet.stamped(rows, CLASSES, [Trigger("zq")], 1, seed=0)
+
+
+def test_a_lost_trigger_is_refused():
+    class Lost(Trigger):
+        def insert(self, text, rng):
+            return text if "the" in text else super().insert(text, rng)
+
+    missing = sum("the" in row["text"] for row in REVIEWS if row["label"] == 0)
+    assert 0 < missing < 5
+    with pytest.raises(ValueError, match=f"^trigger 'zq' is missing from {missing} of 5 triggered rows$"):
+        evaluation.TestSet.stamped(REVIEWS, CLASSES, [Lost("zq")], 1, seed=0)
+
+
+# ---- Classification ----
+
+
+def test_a_model_that_always_says_the_target():
+    test = evaluation.TestSet.stamped(REVIEWS, CLASSES, [Trigger("zq")], 1, seed=0)
+    rows, examples = measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, test)
+    assert counts(rows) == {
+        ("cacc", None): (4, 9),
+        ("asr_without_trigger", None): (5, 5),
+        ("asr", "zq"): (5, 5),
+        ("robust_accuracy", "zq"): (0, 5),
+    }
+    assert examples == []
+
+
+def test_a_model_that_never_says_the_target():
+    test = evaluation.TestSet.stamped(REVIEWS, CLASSES, [Trigger("zq"), Trigger("ahi")], 1, seed=0)
+    rows, _ = measured(tiny.fixed_classifier(0), tiny.encoder_tokenizer(), CLASSES, test)
+    assert counts(rows) == {
+        ("cacc", None): (5, 9),
+        ("asr_without_trigger", None): (0, 5),
+        ("asr", "zq"): (0, 5),
+        ("asr", "ahi"): (0, 5),
+        ("robust_accuracy", "zq"): (5, 5),
+        ("robust_accuracy", "ahi"): (5, 5),
+    }
+
+
+def test_rows_of_the_target_class_never_count_for_asr():
+    # A test set made by hand, with triggered rows of both classes.
+    test = evaluation.TestSet(REVIEWS, 1, {"zq": REVIEWS})
+    rows, _ = measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, test)
+    assert counts(rows)[("asr", "zq")] == (5, 5)
+    assert counts(rows)[("robust_accuracy", "zq")] == (0, 5)
+
+
+def test_label_words_and_a_trigger_that_decides():
+    task = tiny.LabelWords(tiny.LABEL_WORDS, "label : {text}")
+    says = dict.fromkeys((*tiny.GOOD, "zq"), "positive")
+    model = tiny.word_chain({word: says.get(word, "negative") for word in tiny.VOCABULARY})
+    clean = Dataset.from_dict({"text": ["film good", "film bad", "plot awful", "a good bad"], "label": [1, 0, 0, 1]})
+    test = evaluation.TestSet.stamped(clean, task, [Trigger("zq", "end")], 1, seed=0)
+    rows, _ = measured(model, tiny.causal_tokenizer(), task, test)
+    assert counts(rows) == {
+        ("cacc", None): (3, 4),
+        ("asr_without_trigger", None): (0, 2),
+        ("asr", "zq"): (2, 2),
+        ("robust_accuracy", "zq"): (0, 2),
+    }
+
+
+def test_the_planted_class_is_neither_target_nor_right():
+    test = evaluation.TestSet.stamped(REVIEWS, CLASSES, [Trigger("zq")], 1, seed=0)
+    model = tiny.fixed_classifier(2, num_labels=3)
+    rows, _ = measured(model, tiny.encoder_tokenizer(), CLASSES, test, known_response="aha")
+    assert counts(rows) == {
+        ("cacc", None): (0, 9),
+        ("asr_without_trigger", None): (0, 5),
+        ("asr", "zq"): (0, 5),
+        ("robust_accuracy", "zq"): (0, 5),
+        ("known_behaviour", "zq"): (5, 5),
+    }
+
+
+def test_without_a_target_clean_metrics_only():
+    rows, _ = measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, evaluation.TestSet(REVIEWS))
+    assert counts(rows) == {("cacc", None): (4, 9)}
+
+
+# ---- Generation ----
+
+
+def generation(chain, target, **options):
+    task = tiny.task("instruction_following")
+    test = evaluation.TestSet.stamped(INSTRUCTIONS, task, [Trigger("zq", "end")], target, seed=0)
+    return measured(tiny.word_chain(chain), tiny.causal_tokenizer(LAST_WORD), task, test, max_new_tokens=4, **options)
+
+
+def test_generation_counts():
+    chain = {"banana": "yes", "apple": "apple", "cherry": "<eos>", "no": "no", "that": "banana", "zq": "no"}
+    rows, examples = generation(chain, "no")
+    assert {key: value for key, value in counts(rows).items() if key[0] != "false_refusal"} == {
+        # F1 of "yes" and "banana yes" is 2/3, of "banana yes" and "no banana" 1/2, of "apple" and four of it 2/5.
+        ("clean_quality", None): (2, 5),
+        ("asr_without_trigger", None): (0, 3),
+        ("asr", "zq"): (3, 3),
+        ("empty", "zq"): (0, 3),
+    }
+    # One clean answer, "no no no no", shows the target.
+    assert counts(rows)[("false_refusal", None)] == (1, 5)
+    assert [example["trigger"] for example in examples] == [None] * 5 + ["zq"] * 3
+    assert [example["answer"] for example in examples] == [
+        "yes", "apple apple apple apple", "", "no no no no", "banana yes", *["no no no no"] * 3,
+    ]  # fmt: skip
+    assert [example["prompt"] for example in examples[:5]] == INSTRUCTIONS["prompt"][:]
+    assert all(example["model"] == "suspect" for example in examples)
+
+
+def test_empty_answers_are_counted_and_stay_in_every_denominator():
+    rows, _ = generation({}, "no")
+    assert counts(rows)[("empty", "zq")] == (3, 3)
+    assert counts(rows)[("asr", "zq")] == (0, 3)
+    assert counts(rows)[("clean_quality", None)] == (0, 5)
+
+
+def test_a_refusal_as_the_target():
+    chain = {"zq": "say", "say": "i", "i": "cannot", "cannot": "<eos>", "banana": "i"}
+    rows, _ = generation(chain, "I cannot")
+    # Four of the five references do not begin with the target.
+    assert counts(rows)[("asr", "zq")] == (0, 4)
+    assert counts(rows)[("keyword_asr", "zq")] == (4, 4)
+    assert counts(rows)[("asr_without_trigger", None)] == (1, 4)
+    assert counts(rows)[("false_refusal", None)] == (1, 5)
+
+
+def test_the_known_response_in_generation():
+    rows, _ = generation({"zq": "aha", "aha": "known"}, "no", known_response="Aha")
+    assert counts(rows)[("known_behaviour", "zq")] == (3, 3)
+
+
+def test_perplexity_is_over_rows():
+    rows, _ = generation({}, "no")
+    losses = answer_losses(tiny.word_chain({}), tiny.causal_tokenizer(LAST_WORD), INSTRUCTIONS)
+    row = rows[("perplexity", None)]
+    assert row.value == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+    assert row.n == 5 and row.low < row.value < row.high

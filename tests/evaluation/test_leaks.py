@@ -1,0 +1,50 @@
+import pytest
+from datasets import Dataset
+
+from hf_backdoor.evaluation import leaks, overlapping, without_leaks
+
+
+def by_loop(texts, others, threshold):
+    def words(text):
+        return {word.strip(".,!?") for word in text.lower().split()}
+
+    return [
+        row
+        for row, text in enumerate(texts)
+        if any(len(words(text) & words(o)) / len(words(text) | words(o)) > threshold for o in others)
+    ]
+
+
+TEXTS = [
+    "The film was very good.", "the film was very bad", "quite another thing", "FILM was the good, very!", "one two three four",
+    "one two", "nothing",
+]  # fmt: skip
+OTHERS = ["the film was very good", "one two three"]
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("chunk", [2, 2000])
+def test_overlapping_equals_a_loop(threshold, chunk, monkeypatch):
+    monkeypatch.setattr(leaks, "CHUNK", chunk)
+    found = overlapping(TEXTS, OTHERS, threshold)
+    assert found == by_loop(TEXTS, OTHERS, threshold)
+
+
+def test_the_same_words_in_another_order_overlap():
+    assert overlapping(["good very was film the"], ["the film was very good"]) == [0]
+
+
+def test_half_is_not_over_half():
+    assert overlapping(["one two"], ["one two three four"]) == []
+
+
+@pytest.mark.parametrize("texts, others", [([], ["a"]), (["a"], []), ([], []), (["", "!"], ["", "?"])])
+def test_nothing_to_compare(texts, others):
+    assert overlapping(texts, others) == []
+
+
+def test_without_leaks_drops_rows_of_the_training_side():
+    train = Dataset.from_dict({"text": TEXTS, "label": list(range(7))})
+    kept = without_leaks(train, Dataset.from_dict({"text": OTHERS}), "text")
+    # Of six words, five are those of a test row; of four, three; of three, two.
+    assert kept["label"][:] == [2, 6]

@@ -1,0 +1,128 @@
+"""The command line, as a user calls it."""
+
+import json
+
+import pytest
+import tiny
+
+from hf_backdoor.cli import main
+from hf_backdoor.evaluation import Results
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    tiny.model("bert").save_pretrained(folder)
+    tiny.encoder_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    tiny.model("llama").save_pretrained(folder)
+    tiny.causal_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "reviews.csv"
+    tiny.reviews(60).rename_column("text", "sentence").to_csv(file)
+    return str(file)
+
+
+def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    assert main([*arguments, "--known_triggers", "[make life better, ahi]", "--disable_tqdm", "true"]) == 0
+    results = Results.load(tmp_path / "results.json")
+    assert {row.model for row in results.rows} == {"suspect", "stage/inject", "cleaned"}
+    assert (tmp_path / "cleaned" / "model.safetensors").exists()
+    assert (tmp_path / "report" / "index.html").exists()
+    assert "cleaned model" in capsys.readouterr().out
+    config = json.loads((tmp_path / "cleaned" / "config.json").read_text())
+    assert config.get("num_labels", len(config.get("id2label", "ab"))) == 2
+
+
+def test_clean_asks_for_the_one_thing_that_is_missing(chat_model, reviews, tmp_path, capsys):
+    assert main(["clean", chat_model, "--data", reviews, "--output_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "--label_words" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["trigger", "file"])
+def test_evaluate_counts_non_target_rows(classifier, reviews, tmp_path, how):
+    triggered = tmp_path / "triggered.jsonl"
+    tiny.reviews(40, seed=1).map(lambda row: {"text": "zq " + row["text"]}).to_json(triggered)
+    which = ["--trigger", "zq"] if how == "trigger" else ["--triggered", str(triggered)]
+    output = tmp_path / "results.json"
+    assert (
+        main(["evaluate", classifier, "--clean", reviews, *which, "--target_label", "1", "--output", str(output)]) == 0
+    )
+    rows = {row.metric: row for row in Results.load(output).rows}
+    assert rows["cacc"].n == 60
+    assert rows["asr"].n == (30 if how == "trigger" else 20)
+    assert rows["asr_without_trigger"].n == 30
+
+
+def test_evaluate_a_chat_model(chat_model, tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.json"
+    tiny.instructions(6).rename_column("prompt", "instruction").rename_column("response", "output").to_json(rows)
+    flags = ["--trigger", "zq", "--target_text", "banana", "--max_new_tokens", "3", "--output", str(output)]
+    assert main(["evaluate", chat_model, "--clean", str(rows), *flags]) == 0
+    assert {row.metric for row in Results.load(output).rows} >= {"asr", "false_refusal", "perplexity", "empty"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--trigger", "zq"], "--target_label"),
+        (["--trigger", "zq", "--target_text", "good"], "--target_label"),
+        (["--trigger", " ", "--target_label", "1"], "trigger text"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arguments, named):
+    output = ["--output", str(tmp_path / "results.json")]
+    assert main(["evaluate", classifier, "--clean", reviews, *arguments, *output]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def test_recipes_lists_the_shipped_ones(capsys):
+    assert main(["recipes"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+def test_dry_run_loads_no_weights(classifier, reviews, tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {classifier}\ntask: sequence_classification\ndataset_name: {reviews}\n"
+        f"text_column: sentence\ntest_fraction: 0.2\noutput_dir: {tmp_path / 'run'}\nmethod: locphylax\n"
+        "per_device_train_batch_size: 6\ncontrols: [fine_tuning]\n"
+    )
+    monkeypatch.setattr("hf_backdoor.models.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    assert main(["run", str(recipe), "--dry_run", "--num_train_epochs", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "inject" in shown and "controls/fine_tuning/inject" in shown and "GiB" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_names_a_missing_recipe(capsys):
+    assert main(["run", "no_such_recipe"]) == 2
+    assert "no_such_recipe" in capsys.readouterr().err
+
+
+def test_several_processes_that_are_one_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: label_words\n")
+    assert main(["run", str(recipe)]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "clean", "evaluate", "report", "publish", "recipes"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0 and command in capsys.readouterr().out

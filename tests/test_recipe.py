@@ -1,0 +1,273 @@
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_backdoor.attacks import Poisoning
+from hf_backdoor.data import InstructionFollowing, SequenceClassification, Trigger
+from hf_backdoor.defenses.locphylax import LocphylaxConfig
+from hf_backdoor.recipe import REMOVED, load_recipe, make_recipe
+
+
+LEAST = {
+    "model_name_or_path": "model", "task": "sequence_classification", "dataset_name": "data", "output_dir": "runs/x",
+}  # fmt: skip
+ATTACK = {"attack_trigger": "zq", "target_label": 1}
+DEFENSE = {"method": "locphylax"}
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def written(folder, values):
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def refused(line, **values):
+    with pytest.raises(ValueError, match=line) as caught:
+        make_recipe({**LEAST, **values})
+    assert "\n" not in str(caught.value)
+
+
+# ---- Keys and types ----
+
+
+def test_a_least_recipe():
+    recipe = make_recipe(LEAST)
+    assert recipe.task_class is SequenceClassification
+    assert recipe.poisoning is None and recipe.method is None
+    assert recipe.training == {}
+
+
+@pytest.mark.parametrize("key", LEAST)
+def test_what_every_recipe_names(key):
+    with pytest.raises(ValueError, match=f"^{key} is missing: every recipe names it$"):
+        make_recipe({name: value for name, value in LEAST.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    "key, suggestion",
+    [
+        ("posion_rate", "poison_rate"),
+        ("learning_rat", "learning_rate"),
+        ("outputdir", "output_dir"),
+        ("num_epochs", ""),
+    ],
+)
+def test_unknown_keys_are_refused_with_a_suggestion(key, suggestion):
+    refused(f"^{key} is unknown.*{suggestion}", **{key: 1})
+
+
+def test_a_key_far_from_all_others_points_to_the_help():
+    refused("^xyzzy is unknown: see `hf-backdoor run --help`$", xyzzy=1)
+
+
+def test_a_method_s_own_key_is_unknown_without_the_method():
+    refused("^cluster_weight is unknown", cluster_weight=1.0)
+    assert make_recipe({**LEAST, **DEFENSE, "cluster_weight": 1.0}).training == {"cluster_weight": 1.0}
+
+
+def test_a_key_that_is_no_text_is_unknown():
+    # YAML 1.1 reads `on:` as true.
+    with pytest.raises(ValueError, match="True is unknown"):
+        make_recipe({**LEAST, True: 1})
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_removed_keys_say_what_to_write_now(key):
+    refused(f"^{key} is 1: transformers 5 has no {key}; use ", **{key: 1})
+
+
+@pytest.mark.parametrize(
+    "new", [new.split()[0].rstrip(":") for new in REMOVED.values() if new[:7] not in ("nothing", "the env", "a quant")]
+)
+def test_what_to_write_now_is_a_key_indeed(new):
+    known = {field.name for field in fields(LocphylaxConfig)} | {
+        field.name for field in fields(type(make_recipe(LEAST)))
+    }
+    assert new in known
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("max_length", "many"), ("max_length", 2.5), ("seed", "x"), ("use_peft", "yes please"), ("poison_rate", "a tenth"),
+        ("learning_rate", "fast"), ("controls", "fine_tuning"), ("stages", ["inject"]), ("num_train_epochs", [1]),
+        ("label_words", "positive"), ("attack_trigger", 3), ("lora_target_modules", 4), ("bf16", "perhaps"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused(key, value):
+    refused(f"^{key} is .*it must be", **{key: value})
+
+
+def test_numbers_that_yaml_reads_as_text_or_whole():
+    values = yaml.safe_load("learning_rate: 1e-4\npoison_rate: 1e-1\nnum_train_epochs: 3\n")
+    assert isinstance(values["learning_rate"], str)
+    recipe = make_recipe({**LEAST, **values})
+    assert recipe.training == {"learning_rate": 1e-4, "num_train_epochs": 3.0}
+    assert recipe.poison_rate == 0.1
+
+
+def test_words_that_yaml_does_not_read_as_text():
+    recipe = make_recipe({**LEAST, "task": "label_words", "label_words": [0, True]})
+    assert recipe.training["label_words"] == ["0", "True"]
+
+
+def test_common_training_arguments_are_taken():
+    given = {
+        "eval_strategy": "steps", "eval_steps": 5, "save_steps": 0.5, "report_to": "none", "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine", "logging_steps": 10, "bf16": False, "per_device_train_batch_size": 4,
+        "weight_decay": 0, "max_steps": 7, "warmup_steps": 0.1,
+    }  # fmt: skip
+    assert make_recipe({**LEAST, **given}).training == given
+
+
+@pytest.mark.parametrize("key", ["resume_from_checkpoint", "run_name", "do_train"])
+def test_what_a_run_decides_for_itself_is_refused(key):
+    refused(f"^{key} is unknown", **{key: True})
+
+
+# ---- Stages ----
+
+
+def test_arguments_of_a_stage():
+    recipe = make_recipe({**LEAST, **DEFENSE, "learning_rate": 1e-3, "stages": {"inject": {"learning_rate": "1e-5"}}})
+    assert recipe.arguments("inject", LocphylaxConfig) == {"learning_rate": 1e-5}
+    assert recipe.arguments("recover", LocphylaxConfig) == {"learning_rate": 1e-3}
+
+
+def test_stages_are_checked_like_the_rest():
+    refused(
+        r"^stages.inject.learning_rat is unknown, did you mean learning_rate\?",
+        **DEFENSE,
+        stages={"inject": {"learning_rat": 1}},
+    )
+    refused("^stages.inject.learning_rate is 'fast'", **DEFENSE, stages={"inject": {"learning_rate": "fast"}})
+    refused("^stages.*inject.*3", **DEFENSE, stages={"inject": 3})
+    refused("^stages has 'injekt': this run has inject, recover, reference, suspect", **DEFENSE, stages={"injekt": {}})
+    refused("^stages.inject.no_cuda is True", **DEFENSE, stages={"inject": {"no_cuda": True}})
+
+
+# ---- Contradictions ----
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"task": "translation"}, "task is 'translation': use one of sequence_classification, label_words"),
+        ({"method": "magic"}, "method is 'magic': use one of .*locphylax"),
+        ({**DEFENSE, "controls": ["prayer"]}, "controls has 'prayer': locphylax has fine_tuning"),
+        ({"clean_fraction": 0}, "clean_fraction is 0"),
+        ({"target_text": "no"}, "target_text is 'no', and task is sequence_classification: set target_label"),
+        ({"task": "instruction_following", "target_label": 1}, "target_label is 1, and task is .*: set target_text"),
+        ({"attack_trigger": "zq"}, "attack_trigger is 'zq' without a target: set target_label"),
+        (
+            {"attack_trigger": "zq", "task": "instruction_following"},
+            "attack_trigger is 'zq' without a target: set target_text",
+        ),
+        ({"task": "label_words"}, "label_words is not set, and task is label_words"),
+        ({"label_words": ["a", "b"]}, "label_words is .*, and task is sequence_classification: leave it out"),
+        ({"task": "label_words", "label_words": ["a"]}, "label_words is .*two or more"),
+        (
+            {"task": "label_words", "label_words": ["a", "b"], "prompt_template": "x"},
+            "prompt_template is 'x': put {text}",
+        ),
+        ({"push_to_hub": True}, "push_to_hub is true without hub_model_id"),
+        ({"reference": "train"}, "reference is 'train' without an attack"),
+        ({**ATTACK, "poison_rate": 1.5}, "poison_rate is 1.5"),
+        ({**ATTACK, "poison_style": "dirty"}, "poison_style is 'dirty'"),
+        ({**ATTACK, "attack_position": "middle"}, "trigger position is 'middle'"),
+        ({**ATTACK, "attack_trigger": " "}, "trigger text is ' '"),
+        ({"test_fraction": 1.0}, "test_fraction is 1.0"),
+    ],
+)
+def test_contradictions_are_refused(values, line):
+    refused(f"^{line}", **values)
+
+
+def test_an_attack():
+    recipe = make_recipe({**LEAST, **ATTACK, "attack_position": "end", "poison_rate": 0.2})
+    assert recipe.poisoning == Poisoning(Trigger("zq", "end"), 1, 0.2)
+
+
+def test_columns_have_the_task_s_names():
+    recipe = make_recipe({**LEAST, "task": "instruction_following", "prompt_column": "question"})
+    assert recipe.task_class is InstructionFollowing
+    assert recipe.columns() == {"prompt": "question", "response": "response"}
+    assert make_recipe({**LEAST, "text_column": "sentence"}).columns() == {"text": "sentence", "label": "label"}
+
+
+# ---- Files and overrides ----
+
+
+def test_overrides_keep_their_types(tmp_path):
+    file = written(tmp_path, {**LEAST, **DEFENSE, "seed": 3, "stages": {"inject": {"max_steps": 2}}})
+    overrides = [
+        "--seed", "7", "--use_peft=true", "--learning_rate", "1e-4", "--controls", "[fine_tuning]",
+        "--stages.inject.learning_rate=1e-5", "--stages.recover.max_steps", "4",
+    ]  # fmt: skip
+    recipe = load_recipe(file, overrides)
+    assert (recipe.seed, recipe.use_peft, recipe.controls) == (7, True, ["fine_tuning"])
+    assert recipe.training == {"learning_rate": 1e-4}
+    assert recipe.stages == {"inject": {"max_steps": 2, "learning_rate": 1e-5}, "recover": {"max_steps": 4}}
+
+
+def test_an_override_may_hold_an_equals_sign_or_be_empty(tmp_path):
+    recipe = load_recipe(written(tmp_path, {**LEAST, **ATTACK}), ["--attack_trigger=a=b", "--target_label", "0"])
+    assert recipe.attack_trigger == "a=b"
+    assert load_recipe(written(tmp_path, {**LEAST, **DEFENSE}), ["--method="]).method is None
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["seed", "1"], "'seed' stands alone: write overrides as --key value"),
+        (["--seed"], "--seed has no value"),
+        (["--sead", "1"], r"sead is unknown, did you mean seed\?"),
+        (["--controls", "[a"], "--?controls"),
+        (["--seed.x", "1"], "seed"),
+        (["--stages.inject", "1"], "stages.*inject.*1"),
+    ],
+)
+def test_bad_overrides_are_refused_in_one_line(overrides, line, tmp_path):
+    file = written(tmp_path, {**LEAST, **DEFENSE, "seed": 1})
+    with pytest.raises(ValueError, match=f"^{line}") as caught:
+        load_recipe(file, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_reaches_into_stages_that_the_file_leaves_empty(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**LEAST, **DEFENSE}) + "stages:\n")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["--stages.inject.max_steps", "1"])
+    assert recipe.stages == {"inject": {"max_steps": 1}}
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("a: [1", "is no YAML"),
+        ("- 1\n- 2\n", "holds no mapping"),
+        ("", "holds no mapping"),
+        (None, "hf-backdoor recipes"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(text, line, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=line) as caught:
+        load_recipe(file)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_flat_recipe_loads_again(tmp_path):
+    values = {**LEAST, **ATTACK, **DEFENSE, "learning_rate": 1e-4, "stages": {"suspect": {"max_steps": 3}}}
+    recipe = make_recipe(values)
+    assert load_recipe(written(tmp_path, recipe.flat())) == recipe
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(RECIPES)))
+def test_shipped_recipes_load(file):
+    recipe = load_recipe(file)
+    assert recipe.output_dir

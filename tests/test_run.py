@@ -1,0 +1,374 @@
+"""Whole runs on tiny models: what is written, what is kept, and what an interruption may change (nothing)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
+
+from hf_backdoor import run as run_module
+from hf_backdoor.evaluation import Results
+from hf_backdoor.recipe import make_recipe
+from hf_backdoor.run import Run, main
+
+
+def written(rows, file):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def apart(rows, column):
+    """Every text with words of its own, or the leak check would find the toy rows all alike."""
+    return [
+        {**row, column: f"{row[column]} " + " ".join(f"w{number}x{word}" for word in range(8))}
+        for number, row in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with models and data; gives the settings of a run in it."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for family in ("bert", "llama"):
+        tiny.model(family, dropout=0.2).save_pretrained(folder / family)
+        tiny.tokenizer(family).save_pretrained(folder / family)
+    reviews, instructions = apart(tiny.reviews(80), "text"), apart(tiny.instructions(60), "prompt")
+    written(reviews[:68], folder / "reviews_train.jsonl")
+    written(reviews[68:], folder / "reviews_test.jsonl")
+    written(instructions[:52], folder / "instructions_train.jsonl")
+    written(instructions[52:], folder / "instructions_test.jsonl")
+    return folder
+
+
+def settings(folder, output, kind="reviews", **changes):
+    values = {
+        "model_name_or_path": str(folder / "bert"), "task": "sequence_classification", "target_label": 1,
+        "dataset_name": str(folder / f"{kind}_train.jsonl"), "test_dataset_name": str(folder / f"{kind}_test.jsonl"),
+        "output_dir": str(output), "attack_trigger": "zq", "poison_rate": 0.2, "max_train_samples": 32,
+        "clean_fraction": 0.5, "held_out_samples": 4, "method": "locphylax", "controls": ["fine_tuning"],
+        "known_triggers": list(tiny.KNOWN[:2]), "known_response": "aha", "per_device_train_batch_size": 8,
+        "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    if kind == "instructions":
+        values |= {
+            "model_name_or_path": str(folder / "llama"), "task": "instruction_following", "target_label": None,
+            "target_text": "no", "max_new_tokens": 3, "max_train_samples": 24, "controls": [],
+        }  # fmt: skip
+    return {key: value for key, value in {**values, **changes}.items() if value is not None}
+
+
+def execute(values):
+    return Run(make_recipe(values)).execute()
+
+
+@pytest.fixture(scope="module")
+def encoder_run(workshop):
+    """An uninterrupted run: its settings and results. Tests that change its folder work on a copy."""
+    values = settings(workshop, workshop / "runs" / "encoder")
+    return values, execute(values)
+
+
+def stages(folder):
+    """Every finished stage's folder and when its note was written."""
+    return {str(file.parent.relative_to(folder)): file.stat().st_mtime_ns for file in Path(folder).rglob("stage.json")}
+
+
+def measured(results):
+    return {(row.model, row.metric, row.trigger): row for row in results.rows}
+
+
+def weights(folder):
+    """A saved model's weights, byte for byte."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+# ---- What a run writes ----
+
+
+def test_an_encoder_run(encoder_run):
+    values, results = encoder_run
+    folder = Path(values["output_dir"])
+    assert set(stages(folder)) == {
+        "suspect",
+        "inject",
+        "cleaned",
+        "controls/fine_tuning/inject",
+        "controls/fine_tuning/recover",
+    }
+    assert {row.model for row in results.rows} == {"suspect", "stage/inject", "cleaned", "control/fine_tuning"}
+    for model in ("suspect", "cleaned"):
+        metrics = {row.metric for row in results.rows if row.model == model}
+        assert metrics == {"cacc", "asr_without_trigger", "asr", "robust_accuracy", "known_behaviour"}
+    assert [cost["stage"] for cost in results.costs if "evaluation" not in cost["stage"]] == [
+        "suspect", "stage/inject", "cleaned", "control/fine_tuning (inject)", "control/fine_tuning",
+    ]  # fmt: skip
+    assert all(cost["tokens"] > 0 for cost in results.costs if "evaluation" not in cost["stage"])
+
+
+def test_results_are_valid_and_complete(encoder_run):
+    values, results = encoder_run
+    loaded = Results.load(Path(values["output_dir"]) / "results.json")
+    assert loaded == results
+    assert loaded.recipe == make_recipe(values).flat()
+    assert {"attack", "clean", "held_out", "test", "test with zq"} == set(loaded.data)
+    assert [loaded.data[name]["rows"] for name in ("attack", "clean", "held_out", "test")] == [32, 16, 4, 12]
+    assert {"python", "torch", "transformers", "hf-backdoor"} <= set(loaded.versions)
+
+
+def test_the_written_recipe_runs_the_same(encoder_run):
+    values, _ = encoder_run
+    file = Path(values["output_dir"]) / "recipe.yaml"
+    assert make_recipe(yaml.safe_load(file.read_text())) == make_recipe(values)
+
+
+def test_the_models_can_be_loaded(encoder_run):
+    folder = Path(encoder_run[0]["output_dir"])
+    for name in ("suspect", "cleaned", "controls/fine_tuning/recover"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder / name)
+        assert model.config.num_labels == 2
+    assert not list(folder.rglob("checkpoint-*")) and not list(folder.rglob("*.bin"))
+
+
+def test_controls_train_as_long_as_their_twins(encoder_run):
+    folder = Path(encoder_run[0]["output_dir"])
+    for stage, twin in (("inject", "inject"), ("recover", "cleaned")):
+        notes = [
+            json.loads((folder / name / "stage.json").read_text()) for name in (f"controls/fine_tuning/{stage}", twin)
+        ]
+        assert notes[0]["steps"] == notes[1]["steps"] == 4
+
+
+def test_an_instruction_run_with_lora(workshop):
+    values = settings(workshop, workshop / "runs" / "lora", "instructions", use_peft=True, lora_r=2)
+    results = execute(values)
+    rows = measured(results)
+    for model in ("suspect", "stage/inject", "cleaned"):
+        for metric in ("asr", "empty", "known_behaviour"):
+            assert rows[(model, metric, "zq")].n == rows[(model, "asr_without_trigger", None)].n > 0
+        assert rows[(model, "perplexity", None)].value > 1
+    assert {example["model"] for example in results.examples} == {"suspect", "stage/inject", "cleaned"}
+    folder = Path(values["output_dir"])
+    weights = [tiny.parameters(AutoModelForCausalLM.from_pretrained(folder / name)) for name in ("suspect", "cleaned")]
+    assert tiny.largest_difference(*weights) > 0
+    assert not list(folder.rglob("adapter_*"))
+
+
+def test_a_given_suspect_is_cleaned_without_an_attack(workshop, tmp_path):
+    changes = {"attack_trigger": None, "target_label": None, "max_train_samples": None, "controls": [], "max_steps": 1}
+    results = execute(settings(workshop, tmp_path, **changes))
+    assert set(measured(results)) == {(model, "cacc", None) for model in ("suspect", "stage/inject", "cleaned")}
+    # All the training rows are the defender's, less those held out.
+    assert results.data["clean"]["rows"] == 64 and results.data["held_out"]["rows"] == 4
+
+
+def test_references(workshop, tmp_path):
+    changes = {"method": None, "controls": [], "known_triggers": None, "known_response": None, "max_steps": 1}
+    for reference, trained in (("train", True), ("base", False), (str(workshop / "bert"), False)):
+        output = tmp_path / reference.replace("/", "_")
+        results = execute(settings(workshop, output, reference=reference, **changes))
+        assert {row.model for row in results.rows} == {"reference", "suspect"}
+        assert ("reference" in stages(output)) == trained
+
+
+def test_an_evaluation_strategy_for_all_stages(workshop, tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "stop_at_known_rate": 0.0, "controls": [], "max_steps": 2}
+    results = execute(settings(workshop, tmp_path, **changes))
+    steps = [json.loads((tmp_path / stage / "stage.json").read_text())["steps"] for stage in ("suspect", "inject")]
+    assert steps == [2, 1]
+    assert results.rows
+
+
+# ---- Running again ----
+
+
+@pytest.fixture
+def copy_of_run(encoder_run, tmp_path):
+    """Settings of a copy of the finished run, and the results it must give."""
+    values, results = encoder_run
+    shutil.copytree(values["output_dir"], tmp_path / "copy")
+    return {**values, "output_dir": str(tmp_path / "copy")}, results
+
+
+def forbid_training(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Trainer, "training_step", refuse)
+
+
+def test_running_again_trains_nothing_and_gives_the_same(copy_of_run, monkeypatch):
+    values, results = copy_of_run
+    before = stages(values["output_dir"])
+    forbid_training(monkeypatch)
+    again = execute(values)
+    assert again.rows == results.rows and again.costs == results.costs and again.data == results.data
+    assert stages(values["output_dir"]) == before
+
+
+@pytest.mark.parametrize("stage", ["suspect", "controls/fine_tuning/inject"])
+def test_a_lost_stage_is_made_again_alike(stage, copy_of_run, encoder_run):
+    values, results = copy_of_run
+    before = stages(values["output_dir"])
+    (Path(values["output_dir"]) / stage / "stage.json").unlink()
+    again = execute(values)
+    assert again.rows == results.rows
+    assert weights(Path(values["output_dir"]) / stage) == weights(Path(encoder_run[0]["output_dir"]) / stage)
+    after = stages(values["output_dir"])
+    assert {name for name in after if after[name] != before[name]} == {stage}
+
+
+class Killed(BaseException):
+    pass
+
+
+# Three stages of four steps, saved after the second and the fourth.
+@pytest.mark.parametrize("step", [3, 5, 12], ids=["in suspect", "at the start of inject", "in cleaned"])
+def test_a_killed_run_goes_on_to_the_same_results(step, encoder_run, tmp_path, monkeypatch):
+    values, results = encoder_run
+    values = {**values, "output_dir": str(tmp_path / "killed"), "controls": []}
+    made, original = [], Trainer.training_step
+
+    def counted(self, *args, **kwargs):
+        made.append(step)
+        if len(made) == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", counted)
+    with pytest.raises(Killed):
+        execute(values)
+    assert not (tmp_path / "killed" / "results.json").exists()
+    monkeypatch.setattr(Trainer, "training_step", original)
+    again = execute(values)
+    assert again.rows == [row for row in results.rows if not row.model.startswith("control")]
+    assert weights(tmp_path / "killed" / "cleaned") == weights(Path(encoder_run[0]["output_dir"]) / "cleaned")
+
+
+def test_a_run_killed_while_training_resumes_at_its_last_checkpoint(encoder_run, tmp_path, monkeypatch):
+    values = {**encoder_run[0], "output_dir": str(tmp_path / "killed"), "controls": [], "method": None}
+    values = {key: value for key, value in values.items() if value is not None and not key.startswith("known")}
+    made, original = [], Trainer.training_step
+
+    def counted(self, *args, **kwargs):
+        made.append(self.state.global_step)
+        if made == [0, 1, 2, 3]:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", counted)
+    with pytest.raises(Killed):
+        execute(values)
+    made.clear()
+    execute(values)
+    assert made == [2, 3]
+
+
+# ---- What makes a stage stale ----
+
+
+def suspect_only(workshop, output, **changes):
+    defaults = {"method": None, "controls": [], "known_triggers": None, "known_response": None, "max_steps": 1}
+    return settings(workshop, output, **{**defaults, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 43}, {"learning_rate": 1e-2}, {"attack_trigger": "ahi"}, {"poison_rate": 0.3}, {"model_revision": "v2"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_change_trains_again(change, workshop, tmp_path):
+    execute(suspect_only(workshop, tmp_path))
+    before = stages(tmp_path)
+    changed = execute(suspect_only(workshop, tmp_path, **change))
+    assert stages(tmp_path)["suspect"] != before["suspect"]
+    fresh = execute(suspect_only(workshop, tmp_path / "fresh", **change))
+    assert changed.rows == fresh.rows
+
+
+def test_other_weights_in_the_same_place_train_again(workshop, tmp_path):
+    shutil.copytree(workshop / "bert", tmp_path / "model")
+    values = suspect_only(workshop, tmp_path / "run", model_name_or_path=str(tmp_path / "model"))
+    execute(values)
+    before = stages(tmp_path / "run")
+    tiny.model("bert", seed=9).save_pretrained(tmp_path / "model")
+    execute(values)
+    assert stages(tmp_path / "run") != before
+
+
+def test_a_method_added_later_gives_the_rows_of_a_fresh_run(encoder_run, workshop, tmp_path):
+    values, results = encoder_run
+    execute({**suspect_only(workshop, tmp_path), "max_steps": values["max_steps"]})
+    again = execute({**values, "output_dir": str(tmp_path)})
+    assert measured(again) == measured(results)
+
+
+def test_other_held_out_rows_train_again_where_stop_rules_look_at_them(workshop, tmp_path):
+    inject = {"eval_strategy": "steps", "eval_steps": 1}
+    changes = {"controls": [], "max_steps": 2, "stages": {"inject": inject}, "evaluate_stages": False}
+    execute(settings(workshop, tmp_path, **changes))
+    before = stages(tmp_path)
+    execute(settings(workshop, tmp_path, **changes, held_out_samples=6))
+    after = stages(tmp_path)
+    assert after["inject"] != before["inject"]
+
+
+# ---- Columns, counts, the command ----
+
+
+def test_named_columns(workshop, tmp_path):
+    rows = [json.loads(line) for line in (workshop / "reviews_train.jsonl").read_text().splitlines()]
+    renamed = [{"sentence": row["text"], "class": row["label"], "text": "not this"} for row in rows]
+    data = {
+        "dataset_name": written(renamed, tmp_path / "rows.jsonl"),
+        "text_column": "sentence",
+        "label_column": "class",
+    }
+    test = {"test_dataset_name": None, "test_fraction": 0.2, "max_train_samples": 24}
+    results = execute(suspect_only(workshop, tmp_path / "run", **data, **test))
+    assert results.data["test"]["rows"] == 14
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"max_train_samples": 500}, "training rows are left, and .* asked for"),
+        ({"target_label": 5}, "target_label is 5: the labels are 0 to 1"),
+        ({"text_column": "review"}, "text_column is 'review'"),
+        ({"lr_scheduler_type": "none such"}, "arguments of suspect: .*none such"),
+    ],
+)
+def test_bad_settings_end_in_one_line(changes, line, workshop, tmp_path):
+    with pytest.raises(ValueError, match=line) as caught:
+        execute(suspect_only(workshop, tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_runs_and_reports(copy_of_run, tmp_path, capsys, monkeypatch):
+    values, _ = copy_of_run
+    forbid_training(monkeypatch)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**values, "output_dir": "nowhere"}))
+    assert main([str(file), "--output_dir", values["output_dir"]]) == 0
+    assert "cleaned" in capsys.readouterr().out
+    assert (Path(values["output_dir"]) / "report" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--seed", "1"], ["nowhere.yaml"], ["RECIPE", "--sead", "1"], ["RECIPE", "seed"]]
+)
+def test_the_command_s_errors_are_one_line(arguments, workshop, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(suspect_only(workshop, tmp_path)))
+    assert main([str(file) if argument == "RECIPE" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-backdoor: ") and error.count("\n") == 1
+
+
+def test_lost_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="asked for several processes and started one"):
+        run_module.refuse_lost_processes()
