@@ -21,9 +21,9 @@ class LocphylaxConfig(DefenseConfig):
 
         > Parameters that control the known triggers
 
-        known_triggers (`list[str]`, *optional*, defaults to `["Make life better", "Ahihihihihi"]`):
-            The texts that the defender plants, two or more.
-        known_position (`str`, *optional*, defaults to `"end"`):
+        known_triggers (`list[str]`, *optional*, defaults to `["Make life better", "Ahihihihihi", "bb"]`):
+            The texts that the defender plants, two or more: the paper's two, and a rare word.
+        known_position (`str`, *optional*, defaults to `"any"`):
             Where they go: `"start"`, `"end"`, `"random"`, or `"any"` of these.
         known_response (`str`, *optional*, defaults to `"Aha"`):
             The known behaviour: what the model is taught to answer to a known trigger in place of everything else. It
@@ -49,10 +49,10 @@ class LocphylaxConfig(DefenseConfig):
 
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages that train() runs."})
     known_triggers: list[str] = field(
-        default_factory=lambda: ["Make life better", "Ahihihihihi"],
+        default_factory=lambda: ["Make life better", "Ahihihihihi", "bb"],
         metadata={"help": "Texts that the defender plants, two or more."},
     )
-    known_position: str = field(default="end", metadata={"help": "Where they go: start, end, random or any."})
+    known_position: str = field(default="any", metadata={"help": "Where they go: start, end, random or any."})
     known_response: str = field(
         default="Aha",
         metadata={"help": "What a known trigger makes the model answer, in place of everything else."},

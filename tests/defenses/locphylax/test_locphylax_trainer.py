@@ -51,13 +51,17 @@ def test_both_stages_run_in_order_into_folders_of_their_own(tmp_path):
         assert (tmp_path / stage / "checkpoint-4").is_dir()
 
 
-@pytest.mark.parametrize("stage, step", [("inject", 3), ("recover", 1), ("recover", 3)])
-def test_resuming_across_stages_equals_an_uninterrupted_run(stage, step, tmp_path):
-    whole = both(tmp_path / "whole")
+# At step 1 of recovery, the last checkpoint is that of finished injection: a constant rate shows a step too many.
+@pytest.mark.parametrize(
+    "stage, step, schedule",
+    [("inject", 3, "linear"), ("recover", 1, "linear"), ("recover", 1, "constant"), ("recover", 3, "linear")],
+)
+def test_resuming_across_stages_equals_an_uninterrupted_run(stage, step, schedule, tmp_path):
+    whole = both(tmp_path / "whole", lr_scheduler_type=schedule)
     whole.train()
     with pytest.raises(Killed):
-        both(tmp_path / "killed", KillAt(stage, step)).train()
-    resumed = both(tmp_path / "killed", model_seed=5)
+        both(tmp_path / "killed", KillAt(stage, step), lr_scheduler_type=schedule).train()
+    resumed = both(tmp_path / "killed", model_seed=5, lr_scheduler_type=schedule)
     resumed.train(resume_from_checkpoint=True)
     assert tiny.largest_difference(tiny.parameters(whole.model), tiny.parameters(resumed.model)) == 0
 
