@@ -275,11 +275,11 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def checked_training(key: str, value: Any, hints: dict[str, Any], known: list[str], prefix: str = "") -> Any:
-    if key in hints:
-        return checked(prefix + key, value, hints[key])
     if key in REMOVED:
         raise ValueError(f"{prefix}{key} is {value!r}: transformers 5 has no {key}; use {REMOVED[key]}")
-    near = difflib.get_close_matches(key, known, 1)
+    if key in hints:
+        return checked(prefix + key, value, hints[key])
+    near = difflib.get_close_matches(str(key), known, 1)
     raise ValueError(
         f"{prefix}{key} is unknown{f', did you mean {near[0]}?' if near else ': see `hf-backdoor run --help`'}"
     )
@@ -315,7 +315,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = next(items, None)
             if text is None:
                 raise ValueError(f"--{key} has no value: write --{key} value")
-        found[key] = yaml.safe_load(text)
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--{key} {text!r} is no YAML: put it in quotes") from None
     return found
 
 
@@ -323,5 +326,9 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     """`stages.inject.learning_rate` reaches into the mapping."""
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ValueError(f"{key} reaches into {parent}, which is {values!r}: only stages have keys below them")
     values[last] = value

@@ -98,6 +98,13 @@ class Run:
         inside = self.folder / name
         return str(inside) if name in self.prints or name == "base" and inside.is_dir() else name
 
+    def _origin(self, name: str) -> Any:
+        """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
+        if name in self.prints:
+            return self.prints[name]
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(name).glob("*.safetensors"))]
+        return name, self.recipe.model_revision, files
+
     def _convert(self) -> None:
         """A GGUF file is slow to load and can't be trained on: it is turned into safetensors once."""
         folder = self.folder / "base"
@@ -133,13 +140,17 @@ class Run:
         arguments = recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides
         if stage.as_long_as is not None:
             arguments["max_steps"] = finished(self.folder / stage.as_long_as, self.prints[stage.as_long_as])["steps"]
+        held_out = self.rows.splits.held_out if len(self.rows.splits.held_out) and stage.rows == "clean" else None
+        if held_out is None:
+            arguments["eval_strategy"] = "no"
         dataset = self._dataset(stage)
         source = self.rows.sources["clean" if stage.rows == "clean" else "attack"]["sha256"]
         lora = recipe.use_peft and stage.rows == "clean"
         peft = {key: getattr(recipe, key) for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")}
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
-            self.prints.get(stage.parent, stage.parent), peft if lora else None,
+            self._origin(stage.parent), peft if lora else None,
+            self.rows.sources.get("held_out") if stage.rows == "clean" else None,
         )  # fmt: skip
         self.prints[stage.folder] = print_
         done = finished(folder, print_)
@@ -150,7 +161,7 @@ class Run:
                 model=self._load(stage.parent),
                 args=config,
                 train_dataset=dataset,
-                eval_dataset=self.rows.splits.held_out if len(self.rows.splits.held_out) and stage.rows == "clean" else None,
+                eval_dataset=held_out,
                 processing_class=self.tokenizer,
                 task=self.rows.task,
                 peft_config=LoraConfig(
@@ -196,7 +207,7 @@ class Run:
         file = folder / f"{name.replace('/', '-')}.json"
         bf16 = bool(recipe.training.get("bf16"))
         print_ = fingerprint(
-            name, self.prints.get(model_name, model_name), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
+            name, self._origin(model_name), self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
             recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed,
         )  # fmt: skip
         done = json.loads(file.read_text()) if file.exists() else {}

@@ -62,6 +62,13 @@ def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int) -> Datase
             f"poison_rate {attack.poison_rate} asks for {count} rows, and {len(eligible)} may be poisoned "
             f"({attack.style}, target {attack.target!r}): lower poison_rate"
         )
+    negative = round(attack.negative_rate * len(dataset))
+    if count == 0:
+        raise ValueError(f"poison_rate {attack.poison_rate} of {len(dataset)} rows poisons none: raise poison_rate")
+    if count + negative > len(dataset):
+        raise ValueError(
+            f"negative_rate {attack.negative_rate} asks for {negative} rows, and {len(dataset) - count} are left: lower it"
+        )
     rng = random.Random(f"{seed}/poison")
     chosen = set(rng.sample(eligible, count))
     rest = [row for row in range(len(dataset)) if row not in chosen]

@@ -107,6 +107,10 @@ class LabelWords(Task):
         # str.replace, not str.format: the text is foreign and may hold braces.
         return without_eos(tokenizer(self.template.replace("{text}", text))["input_ids"], tokenizer)
 
+    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        self.word_ids(tokenizer)  # refuses words that could not be told apart, before any training
+        return super().tokenize(dataset, tokenizer)
+
     def planted_word(self, planted: str | None) -> str:
         """A planted answer with the leading space that the label words have, if they have one."""
         space = " " if self.words[0].startswith(" ") else ""

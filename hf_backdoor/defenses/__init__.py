@@ -5,6 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data import infer_task
 from . import locphylax
 from .config import DefenseConfig
 from .method import Method, Step
@@ -45,11 +46,18 @@ def defend(
     plan, stages = METHODS[method], stages or {}
     if unknown := sorted(set(stages) - set(plan.stages)):
         raise ValueError(f"stages has {unknown}: {method} has {', '.join(plan.stages)}")
+    words = arguments.get("label_words"), arguments.get("prompt_template")
+    task = infer_task(model, clean, *words)
     for name, step in plan.stages.items():
         values = arguments | stages.get(name, {}) | step.overrides
         config = plan.config(output_dir=f"{output_dir}/{name}", **values)
         trainer = step.trainer(
-            model=model, args=config, train_dataset=clean, eval_dataset=held_out, processing_class=tokenizer
+            model=model,
+            args=config,
+            train_dataset=clean,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            task=task,
         )
         trainer.train()
     return model

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.modeling_outputs import ModelOutput
 
 from ..data import SIDE_COLUMNS, DefenseCollator, Task, infer_task
@@ -54,6 +54,8 @@ class DefenseTrainer(Trainer):
 
     # Our loss is divided by the number of samples in the whole optimizer step, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
+    # Whether a stop rule has ended the training.
+    ended = False
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class DefenseTrainer(Trainer):
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         train_rows = self.prepare_train(train_dataset, processing_class)
         eval_rows = self.prepare_eval(eval_dataset, processing_class)
+        set_seed(args.seed)
         self.prepare_model(base_model(model))
         super().__init__(
             model=model if peft_config is None else get_peft_model(model, peft_config),
@@ -119,9 +122,10 @@ class DefenseTrainer(Trainer):
         return self.task.tokenize(dataset, tokenizer)
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._forward_columns = set(self._signature_columns)
-        self._signature_columns = [*self._signature_columns, *SIDE_COLUMNS]
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._forward_columns = set(self._signature_columns)
+            self._signature_columns += SIDE_COLUMNS
 
     # ---- Loss ----
 
@@ -226,6 +230,12 @@ class DefenseTrainer(Trainer):
                 {name: value.detach().cpu().contiguous() for name, value in state.items()},
                 Path(output_dir, EXTRA_STATE_FILE),
             )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of a training's end is loaded and left at that; Trainer would make one step more.
+        self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -31,13 +31,16 @@ def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: s
 
 # Rows of a group that are put in order of length: several batches' worth, and few beside an epoch.
 WINDOW = 32
+# Rows of a group that stay together then: about a batch's worth.
+NEIGHBOURS = 4
 
 
 class StratifiedSampler(Sampler[int]):
     """Goes through all groups in turn: clean, trigger 1, ..., trigger K, clean, ... Any K + 1 rows in a row hold each once.
 
     Each group is shuffled by itself, by seed and epoch, so that every process draws the same order; then rows that come
-    soon after each other are put in order of length, in windows, so that little of a batch is padding.
+    soon after each other are put in order of length, in windows, so that little of a batch is padding, and the runs
+    of like length are shuffled.
 
     Args:
         trigger_ids (`list[int]`):
@@ -73,4 +76,7 @@ class StratifiedSampler(Sampler[int]):
         for group in self.groups:
             windows = group[torch.randperm(len(group), generator=generator)].split(WINDOW)
             shuffled.append(torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows]))
-        return iter(torch.stack(shuffled, dim=1).flatten().tolist())
+        # Neighbours stay together, but short ones do not always come first.
+        neighbours = torch.stack(shuffled, dim=1).split(NEIGHBOURS)
+        order = torch.randperm(len(neighbours), generator=generator).tolist()
+        return iter(torch.cat([neighbours[number] for number in order]).flatten().tolist())

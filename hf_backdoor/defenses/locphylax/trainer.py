@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ...data import SequenceClassification, Trigger
@@ -56,10 +56,10 @@ class LocphylaxTrainer(DefenseTrainer):
         self.stage: str | None = None
         self.clean: Dataset | None = None
         self.held_out: Dataset | None = None
-        if kwargs.get("eval_dataset") is not None:
-            kwargs.setdefault("compute_metrics", exact_answers)
-            kwargs.setdefault("preprocess_logits_for_metrics", lambda logits, labels: logits.argmax(dim=-1))
         super().__init__(*args, **kwargs)
+        if self.eval_dataset is not None and self.compute_metrics is None:
+            self.compute_metrics = exact_answers
+            self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(dim=-1)
         self._forget()
 
     @classmethod
@@ -78,6 +78,8 @@ class LocphylaxTrainer(DefenseTrainer):
 
     def prepare_eval(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
         """Held-out rows without and with the known triggers: what the stop rules look at."""
+        if isinstance(dataset, dict):
+            raise ValueError("eval_dataset is a dict: pass clean rows, known triggers are put into a copy of them")
         self.held_out = dataset
         if dataset is None:
             return None
@@ -124,6 +126,7 @@ class LocphylaxTrainer(DefenseTrainer):
         for stage in stages:
             if stage != self.stage:
                 self._enter(stage)
+            set_seed(self.args.seed)
             output = super().train(checkpoint, **kwargs)
             checkpoint = None
         return output
@@ -152,7 +155,8 @@ class LocphylaxTrainer(DefenseTrainer):
             known, clean = metrics["eval_known_accuracy"], metrics["eval_clean_accuracy"]
             planted = self.stage == "inject" and known >= self.args.stop_at_known_rate
             recovered = self.stage == "recover" and known >= clean - self.args.stop_at_known_gap
-            self.control.should_training_stop |= planted or recovered
+            self.ended = planted or recovered
+            self.control.should_training_stop |= self.ended
         return metrics
 
     # ---- Loss ----
@@ -180,6 +184,7 @@ class LocphylaxTrainer(DefenseTrainer):
         self.alpha: Tensor | None = None
         self.centres: Tensor | None = None
         self._centre_sums: Tensor | float = 0.0
+        self.ended = False
 
     @torch.no_grad()
     def _measure(self, model: nn.Module) -> None:
@@ -221,10 +226,13 @@ class LocphylaxTrainer(DefenseTrainer):
     # ---- Checkpoints and logs ----
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {} if self.centres is None else {"alpha": self.alpha, "centres": self.centres}
+        state = {"ended": torch.tensor(self.ended)}
+        return state if self.centres is None else state | {"alpha": self.alpha, "centres": self.centres}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.alpha, self.centres = state["alpha"].to(self.args.device), state["centres"].to(self.args.device)
+        self.ended = bool(state["ended"])
+        if "centres" in state:
+            self.alpha, self.centres = state["alpha"].to(self.args.device), state["centres"].to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.alpha is not None:
