@@ -1,15 +1,15 @@
 """What a run would do and need, without loading any weights."""
 
 import math
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from .data import SequenceClassification
+from .defenses import DefenseConfig
 from .models import load_tokenizer, resolve
-from .plan import Stage, plan, training_config
+from .plan import Stage, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .rows import RunRows, prepare_rows
 
@@ -38,13 +38,8 @@ def describe_run(recipe: Recipe) -> str:
         *(f"rows     {name}: {entry['rows']}" for name, entry in rows.sources.items()),
     ]
     for stage in plan(recipe):
-        config = training_config(
-            stage,
-            recipe,
-            recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides,
-            recipe_folder(recipe, stage),
-        )
-        steps, width = stage_size(stage, config, recipe, rows, tokenizer)
+        config = training_config(stage, recipe, stage_arguments(stage, recipe))
+        steps, width = stage_size(stage, config, rows, tokenizer)
         parameters = total if stage.rows != "clean" else trained
         memory = parameters * BYTES_PER_TRAINED_PARAMETER + (total - parameters) * 4
         activations = layers * hidden * ACTIVATIONS_PER_LAYER * config.per_device_train_batch_size * width
@@ -56,10 +51,6 @@ def describe_run(recipe: Recipe) -> str:
             f"about {memory / 2**30:.1f} GiB"
         )
     return "\n".join(lines)
-
-
-def recipe_folder(recipe: Recipe, stage: Stage) -> str:
-    return f"{recipe.output_dir}/{stage.folder}/checkpoints"
 
 
 def model_size(recipe: Recipe, rows: RunRows) -> tuple[int, int, int, int]:
@@ -83,9 +74,11 @@ def model_size(recipe: Recipe, rows: RunRows) -> tuple[int, int, int, int]:
     return trained, total, config.num_hidden_layers, config.hidden_size
 
 
-def stage_size(stage: Stage, config: Any, recipe: Recipe, rows: RunRows, tokenizer: Any) -> tuple[int, int]:
+def stage_size(
+    stage: Stage, config: DefenseConfig, rows: RunRows, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
     """Optimizer steps, and tokens in the longest of the first hundred rows."""
-    dataset = {"clean": rows.splits.clean, "attack": rows.splits.attack, "poisoned": rows.poisoned}[stage.rows]
+    dataset = rows.of(stage.rows)
     copies = len(getattr(config, "known_triggers", [])) + 1
     sample = rows.task.tokenize(dataset.select(range(min(100, len(dataset)))), tokenizer)
     width = max(len(ids) for ids in sample["input_ids"])

@@ -36,11 +36,15 @@ class Stage:
     measured: bool = True
 
 
+def base_model_name(recipe: Recipe) -> str:
+    """Where the first stage starts: the recipe's model, or folder `base` where a GGUF file is turned into safetensors."""
+    return "base" if resolve(recipe.model_name_or_path)[1] else recipe.model_name_or_path
+
+
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in order."""
     stages = []
-    base = "base" if resolve(recipe.model_name_or_path)[1] else recipe.model_name_or_path
-    suspect = base
+    base = suspect = base_model_name(recipe)
     if recipe.attack_trigger is not None:
         suspect = "suspect"
         if recipe.reference == "train":
@@ -72,15 +76,24 @@ def plan(recipe: Recipe) -> list[Stage]:
     return stages
 
 
-def training_config(stage: Stage, recipe: Recipe, arguments: dict[str, Any], folder: Path) -> DefenseConfig:
-    """The stage's arguments, with what a run decides for itself.
+def stage_arguments(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """Training arguments of a stage: the recipe's, and over them what makes the stage what it is."""
+    return recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides
+
+
+def training_config(stage: Stage, recipe: Recipe, arguments: dict[str, Any]) -> DefenseConfig:
+    """The stage's configuration, with what a run decides for itself.
 
     Raises:
         `ValueError`: in one line, when an argument's value is refused.
     """
-    # Without an accelerator, bf16 and DeepSpeed work only where the CPU is asked for.
-    use_cpu = not torch.accelerator.is_available()
-    defaults = {"output_dir": str(folder), "seed": recipe.seed, "save_total_limit": 1, "use_cpu": use_cpu}
+    defaults = {
+        "output_dir": str(Path(recipe.output_dir, stage.folder, "checkpoints")),
+        "seed": recipe.seed,
+        "save_total_limit": 1,
+        # Without an accelerator, bf16 and DeepSpeed work only where the CPU is asked for.
+        "use_cpu": not torch.accelerator.is_available(),
+    }
     try:
         return stage.step.trainer.config_class()(**{**defaults, **arguments})
     except (TypeError, ValueError) as error:

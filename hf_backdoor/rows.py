@@ -42,6 +42,10 @@ class RunRows:
     test: TestSet
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def of(self, name: str) -> Dataset:
+        """The rows that a stage names: `clean`, `attack` (without poison) or `poisoned`."""
+        return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": self.poisoned}[name]
+
 
 def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     """Loads and prepares all rows of a recipe.

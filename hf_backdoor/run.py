@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import SequenceClassification
 from .defenses import DefenseTrainer
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
-from .models import load_model, load_tokenizer, merged, peak_memory, reset_peak_memory, resolve, save_model, versions
-from .plan import Stage, plan, training_config
+from .models import load_model, load_tokenizer, merged, peak_memory, reset_peak_memory, save_model, versions
+from .plan import Stage, base_model_name, plan, stage_arguments, training_config
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .report.hub import publish
@@ -63,14 +62,13 @@ class Run:
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
                 self._save_rows()
         measured: list[tuple[list[Row], list[dict[str, Any]]]] = []
-        if resolve(recipe.model_name_or_path)[1]:
+        base = base_model_name(recipe)
+        if base == "base":
             self._convert()
         if recipe.reference not in (None, "train"):
-            measured.append(
-                self._measure("reference", self._base() if recipe.reference == "base" else recipe.reference)
-            )
+            measured.append(self._measure("reference", base if recipe.reference == "base" else recipe.reference))
         if recipe.attack_trigger is None:
-            measured.append(self._measure("suspect", self._base()))
+            measured.append(self._measure("suspect", base))
         for stage in plan(recipe):
             self._train(stage)
             if stage.measured:
@@ -90,13 +88,10 @@ class Run:
 
     # ---- Stages ----
 
-    def _base(self) -> str:
-        return "base" if resolve(self.recipe.model_name_or_path)[1] else self.recipe.model_name_or_path
-
     def _path(self, name: str) -> str:
         """A folder of the run, or a model's name from elsewhere."""
         inside = self.folder / name
-        return str(inside) if name in self.prints or name == "base" and inside.is_dir() else name
+        return str(inside) if name in self.prints else name
 
     def _origin(self, name: str) -> Any:
         """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
@@ -117,7 +112,7 @@ class Run:
                     )
                     write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
 
-    def _load(self, name: str):
+    def _load(self, name: str) -> PreTrainedModel:
         labels = getattr(self.rows.task, "num_labels", None)
         head = labels if self.recipe.task_class is SequenceClassification and name not in self.prints else None
         return load_model(
@@ -130,20 +125,14 @@ class Run:
             attn_implementation=self.recipe.attn_implementation,
         )
 
-    def _dataset(self, stage: Stage) -> Dataset:
-        return {"clean": self.rows.splits.clean, "attack": self.rows.splits.attack, "poisoned": self.rows.poisoned}[
-            stage.rows
-        ]
-
     def _train(self, stage: Stage) -> None:
         folder, recipe = self.folder / stage.folder, self.recipe
-        arguments = recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides
+        arguments = stage_arguments(stage, recipe)
         if stage.as_long_as is not None:
             arguments["max_steps"] = finished(self.folder / stage.as_long_as, self.prints[stage.as_long_as])["steps"]
         held_out = self.rows.splits.held_out if len(self.rows.splits.held_out) and stage.rows == "clean" else None
         if held_out is None:
             arguments["eval_strategy"] = "no"
-        dataset = self._dataset(stage)
         source = self.rows.sources["clean" if stage.rows == "clean" else "attack"]["sha256"]
         lora = recipe.use_peft and stage.rows == "clean"
         peft = {key: getattr(recipe, key) for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")}
@@ -156,11 +145,11 @@ class Run:
         done = finished(folder, print_)
         if done is None:
             resume = begin(folder, print_)
-            config = training_config(stage, recipe, arguments, folder / "checkpoints")
+            config = training_config(stage, recipe, arguments)
             trainer = stage.step.trainer(
                 model=self._load(stage.parent),
                 args=config,
-                train_dataset=dataset,
+                train_dataset=self.rows.of(stage.rows),
                 eval_dataset=held_out,
                 processing_class=self.tokenizer,
                 task=self.rows.task,
@@ -170,6 +159,11 @@ class Run:
                     task_type="SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
                 ) if lora else None,
             )  # fmt: skip
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                raise ValueError(
+                    f"the engine is {trainer.accelerator.distributed_type.value}: a run needs whole models between its "
+                    "stages; use accelerate_configs/ddp.yaml, or the trainer by itself"
+                )
             reset_peak_memory()
             start = time.perf_counter()
             trainer.train(resume_from_checkpoint=resume)
@@ -191,12 +185,9 @@ class Run:
         self.costs.append({key: done[key] for key in ("stage", "seconds", "tokens", "peak_memory")})
 
     def _save(self, trainer: DefenseTrainer, folder: Path) -> None:
-        # The gathered weights: under FSDP and ZeRO-3 no process holds them all.
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         with main_process() as first:
             if first:
-                model = trainer.accelerator.unwrap_model(trainer.model)
-                model.load_state_dict(state, assign=True)
+                model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
                 save_model(merged(model), self.tokenizer, folder)
 
     # ---- Evaluation ----
