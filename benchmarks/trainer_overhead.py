@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
     options = parser.parse_args()
-    steps, rounds = (4, 1) if options.smoke else (10, 3)
+    steps, rounds = (4, 1) if options.smoke else (8, 2)
     found = []
     print(f"{'model':<10} {'stage':<20} {'time':>6} {'memory':>7}   (ours / stock)")
     for kind in ("encoder", "causal_lm"):

@@ -7,30 +7,38 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 
-def by_length(texts: Sequence[str], batch_size: int) -> list[list[int]]:
-    """Indices in batches of texts of about the same length, so that little of a batch is padding."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def in_batches(
+    items: Sequence[Any],
+    work: Callable[[list[Any]], list[Any]],
+    *,
+    batch_size: int,
+    length: Callable[[Any], int],
+    desc: str,
+) -> list[Any]:
+    """Runs `work` on batches of items of about the same length, so that little of a batch is padding.
 
+    Args:
+        items (`Sequence`): What is worked on. Each process takes a share.
+        work (`Callable`): A batch of items to as many results.
+        batch_size (`int`): Items in a batch.
+        length (`Callable`): An item's length, in any unit.
+        desc (`str`): Name of the progress bar.
 
-def in_order(batches: list[list[int]], results: list[list[Any]]) -> list[Any]:
-    """The batches' results, back in the order of the texts."""
-    placed = {
-        row: value
-        for batch, values in zip(batches, results, strict=True)
-        for row, value in zip(batch, values, strict=True)
-    }
-    return [placed[row] for row in range(len(placed))]
-
-
-def across_processes(items: Sequence[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
-    """Runs `work` on each process's share of the items; every process gets all results, in order."""
+    Returns:
+        `list`: The results in the order of the items, the same on every process.
+    """
     state = PartialState()
     with state.split_between_processes(list(items)) as share:
-        results = work(share) if share else []
+        order = sorted(range(len(share)), key=lambda row: length(share[row]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        found: dict[int, Any] = {}
+        for batch in tqdm(batches, desc=desc, disable=not state.is_main_process, leave=False):
+            found.update(zip(batch, work([share[row] for row in batch]), strict=True))
+    results = [found[row] for row in range(len(share))]
     return gather_object(results) if state.num_processes > 1 else results
 
 

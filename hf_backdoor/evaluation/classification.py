@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DefenseCollator, LabelWords, Task
-from .batching import across_processes, by_length, in_order, precision
+from .batching import in_batches, precision
 
 
 @torch.inference_mode()
@@ -45,12 +45,8 @@ def predict_labels(
         batch = {name: value.to(model.device) for name, value in collator(features).items()}
         return _labels(model, batch, words, bf16)
 
-    def shard(texts: list[str]) -> list[int]:
-        batches = by_length(texts, batch_size)
-        return in_order(batches, [predict([texts[row] for row in batch]) for batch in batches])
-
     model.eval()
-    return across_processes(rows["text"][:], shard)
+    return in_batches(rows["text"][:], predict, batch_size=batch_size, length=len, desc="Predicting")
 
 
 def _labels(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> list[int]:

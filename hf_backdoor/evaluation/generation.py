@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DefenseCollator, InstructionFollowing
-from .batching import across_processes, by_length, in_order, precision
+from .batching import in_batches, precision
 
 
 # What refusals say; the meaning of the list is that of BackdoorLLM's `backdoor_evaluate.py` (keyword ASR).
@@ -63,12 +63,8 @@ def generate_answers(
             )
         return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
-    def shard(texts: list[str]) -> list[str]:
-        batches = by_length(texts, batch_size)
-        return in_order(batches, [answer([texts[row] for row in batch]) for batch in batches])
-
     model.eval()
-    return across_processes(prompts, shard)
+    return in_batches(prompts, answer, batch_size=batch_size, length=len, desc="Generating")
 
 
 @torch.inference_mode()
@@ -99,12 +95,11 @@ def answer_losses(
         )
         return (tokens.sum(dim=1) / (labels != -100).sum(dim=1)).tolist()
 
-    def shard(share: list[dict[str, str]]) -> list[float]:
-        batches = by_length([row["prompt"] + row["response"] for row in share], batch_size)
-        return in_order(batches, [losses([share[row] for row in batch]) for batch in batches])
+    def length(row: dict[str, str]) -> int:
+        return len(row["prompt"] + row["response"])
 
     model.eval()
-    return across_processes(rows.to_list(), shard)
+    return in_batches(rows.to_list(), losses, batch_size=batch_size, length=length, desc="Perplexity")
 
 
 def normalized(text: str) -> str:
