@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.modeling_outputs import ModelOutput
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import SIDE_COLUMNS, DefenseCollator, Task, infer_task
 from .config import DefenseConfig
@@ -170,6 +171,8 @@ class DefenseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["trigger_id"].device)
         if model.training:
             terms, logits = self.loss_terms(model, inputs, num_items_in_batch)
         else:
@@ -221,6 +224,15 @@ class DefenseTrainer(Trainer):
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what [`extra_state`] gave."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        config = base_model(self.model).config
+        # Trainer turns the cache off for training, and would write that into the model that users load.
+        config.use_cache = True
+        super()._save(output_dir, state_dict)
+        config.use_cache = self.args.use_cache
+        # A pickle, which nothing reads: it has no place beside weights that are safetensors for a reason.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

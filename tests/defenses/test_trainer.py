@@ -303,3 +303,22 @@ def test_stock_trainer_s_loss_grows_with_accumulation_and_ours_does_not(tmp_path
     assert first_loss(True, 4, 4) == pytest.approx(first_loss(True, 16, 1), abs=1e-5)
     # If this fails, transformers has mended https://github.com/huggingface/transformers/issues/47688.
     assert first_loss(False, 4, 4) == pytest.approx(4 * first_loss(False, 16, 1), abs=1e-3)
+
+
+def test_a_saved_model_is_safetensors_and_keeps_its_cache(tmp_path):
+    trainer = tiny.trainer("label_words", "plain", tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "model.safetensors" in names and not any(name.endswith(".bin") for name in names)
+    assert type(trainer.model).from_pretrained(tmp_path).config.use_cache is True
+
+
+def test_compute_loss_can_be_called_by_itself(tmp_path):
+    trainer = tiny.trainer("sequence_classification", "plain", tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        logits = trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"])
+    trainer.model.eval()
+    assert torch.allclose(trainer.compute_loss(trainer.model, batch), expected, atol=1e-6)
