@@ -1,5 +1,6 @@
-"""The benchmarks run."""
+"""The benchmarks run, and their published tables are what their result files say."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,3 +17,11 @@ def test_trainer_overhead_prints_a_row_for_each_stage_and_model():
     found = {(row["model"], row["stage"]) for row in rows}
     assert {("encoder", "locphylax/inject"), ("causal_lm", "locphylax/inject")} <= found
     assert all(row["time_ratio"] > 0 and row["memory_ratio"] > 0 for row in rows)
+
+
+def test_the_published_table_is_made_from_the_published_results():
+    spec = importlib.util.spec_from_file_location("efficacy", BENCHMARKS / "efficacy.py")
+    efficacy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(efficacy)
+    assert list(efficacy.RESULTS.glob("*.json"))
+    assert (BENCHMARKS / "results" / "locphylax.md").read_text() == efficacy.table()
