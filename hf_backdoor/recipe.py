@@ -210,6 +210,8 @@ class Recipe:
             raise ValueError(f"test_fraction is {self.test_fraction}: choose a share from 0 up to, but not, 1")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
+        if self.push_to_hub and self.method is None:
+            raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
         if self.reference == "train" and self.attack_trigger is None:
             raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
         _ = self.poisoning

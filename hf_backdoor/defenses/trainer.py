@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -121,6 +122,13 @@ class DefenseTrainer(Trainer):
         if dataset is None or "input_ids" in dataset.column_names:
             return dataset
         return self.task.tokenize(dataset, tokenizer)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        raw = isinstance(eval_dataset, Dataset)
+        return super().get_eval_dataloader(self.tokenize(eval_dataset, self.processing_class) if raw else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self.tokenize(test_dataset, self.processing_class))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -322,3 +322,12 @@ def test_compute_loss_can_be_called_by_itself(tmp_path):
     expected = torch.nn.functional.cross_entropy(logits, batch["labels"])
     trainer.model.eval()
     assert torch.allclose(trainer.compute_loss(trainer.model, batch), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_evaluate_and_predict_take_raw_rows(tmp_path, name):
+    _, kind, rows = tiny.setting(name, 12)
+    trainer = tiny.trainer(name, "plain", tmp_path)
+    by_hand = trainer.evaluate(kind.tokenize(rows, trainer.processing_class))
+    assert trainer.evaluate(rows)["eval_loss"] == by_hand["eval_loss"]
+    assert len(trainer.predict(rows).predictions) == 12
