@@ -62,7 +62,7 @@ class Recipe:
         use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules: LoRA, in every stage of the defense.
 
         > Data
-        dataset_name (`str`): Hub name, folder or file. test_dataset_name: another one for the test rows.
+        dataset_name (`str`): Hub name, folder or file (also one that lies beside the recipe). test_dataset_name: another one for the test rows.
         dataset_config, dataset_revision, train_split, test_split: Where the rows are in it.
         text_column, label_column, prompt_column, response_column: The data set's own names of these.
         test_fraction (`float`): Share of the training rows that is cut off as test rows, for data without a test split.
@@ -240,6 +240,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping: write one 'key: value' a line")
+    for key in ("dataset_name", "test_dataset_name"):
+        beside = Path(path).parent / str(values.get(key))
+        if values.get(key) and beside.exists():
+            values[key] = str(beside)  # data that comes along with a recipe, wherever it is run from
     for key, value in parse_overrides(overrides or []).items():
         put(values, key, value)
     return make_recipe(values)

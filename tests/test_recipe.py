@@ -271,3 +271,12 @@ def test_a_flat_recipe_loads_again(tmp_path):
 def test_shipped_recipes_load(file):
     recipe = load_recipe(file)
     assert recipe.output_dir
+
+
+def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "recipes" / "data").mkdir(parents=True)
+    file = tmp_path / "recipes" / "recipe.yaml"
+    file.write_text("model_name_or_path: m\ntask: instruction_following\ndataset_name: data\noutput_dir: o\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(file).dataset_name == str(tmp_path / "recipes" / "data")
+    assert load_recipe(file, ["--dataset_name", "org/name"]).dataset_name == "org/name"
