@@ -3,7 +3,6 @@
 import math
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from .data import SequenceClassification
@@ -60,7 +59,7 @@ def model_size(recipe: Recipe, rows: RunRows) -> tuple[int, int, int, int]:
     classifier = recipe.task_class is SequenceClassification
     if classifier:
         config.num_labels = rows.task.num_labels
-    with init_empty_weights():
+    with torch.device("meta"):
         model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = total
