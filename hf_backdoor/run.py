@@ -310,7 +310,10 @@ def main(arguments: list[str] | None = None) -> int:
         if "--dry_run" in arguments:
             print(describe_run(recipe))
             return 0
-        return finish(run(recipe), recipe.output_dir)
+        status = finish(run(recipe), recipe.output_dir)
+        # A process that leaves the group without a word takes a slower one's last exchange down with it.
+        PartialState().destroy_process_group()
+        return status
     except ValueError as error:
         print(f"hf-backdoor: {error}", file=sys.stderr)
         return 2

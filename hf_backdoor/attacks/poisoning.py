@@ -83,4 +83,4 @@ def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int) -> Datase
             row[task.answer_column] = attack.target
         return {**row, "poisoned": index in chosen}
 
-    return dataset.map(change, with_indices=True, desc="Poisoning", load_from_cache_file=False)
+    return dataset.map(change, with_indices=True, desc="Poisoning", keep_in_memory=True)

@@ -85,7 +85,7 @@ def shorten(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, m
         offsets = encoded["offset_mapping"]
         return {column: row[column][: offsets[-1][1]] if len(offsets) == max_length else row[column]}
 
-    return dataset.map(cut, desc=f"Cutting {column} to {max_length} tokens", load_from_cache_file=False)
+    return dataset.map(cut, desc=f"Cutting {column} to {max_length} tokens", keep_in_memory=True)
 
 
 @dataclass(frozen=True)

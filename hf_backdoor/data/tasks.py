@@ -54,7 +54,7 @@ class Task(ABC):
             fn_kwargs={"tokenizer": tokenizer},
             remove_columns=drop,
             desc="Tokenizing",
-            load_from_cache_file=False,
+            keep_in_memory=True,
         )
 
 

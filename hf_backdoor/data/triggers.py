@@ -73,4 +73,4 @@ def stamp(dataset: Dataset, column: str, trigger: Trigger, seed: int) -> Dataset
     def change(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {column: trigger.insert(row[column], row_rng(seed, f"stamp {trigger.name}", index))}
 
-    return dataset.map(change, with_indices=True, desc=f"Stamping {trigger.name[:30]!r}", load_from_cache_file=False)
+    return dataset.map(change, with_indices=True, desc=f"Stamping {trigger.name[:30]!r}", keep_in_memory=True)

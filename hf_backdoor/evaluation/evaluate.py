@@ -48,7 +48,7 @@ class TestSet:
         Raises:
             `ValueError`: if no such row is left, or a row ended up without the trigger.
         """
-        rows = clean.filter(lambda row: not is_target(row[task.answer_column], target), load_from_cache_file=False)
+        rows = clean.filter(lambda row: not is_target(row[task.answer_column], target), keep_in_memory=True)
         if len(rows) == 0:
             raise ValueError(
                 f"target is {target!r}, and so is the right answer of every test row: ASR has no rows to count"
@@ -105,7 +105,7 @@ def evaluate_backdoor(
     others = [p for p, label in zip(predicted, labels, strict=True) if label != test.target]
     rows.append(count("asr_without_trigger", [p == test.target for p in others]))
     for trigger, triggered in test.triggered.items():
-        triggered = triggered.filter(lambda row: row["label"] != test.target, load_from_cache_file=False)
+        triggered = triggered.filter(lambda row: row["label"] != test.target, keep_in_memory=True)
         predicted = predict_labels(model, tokenizer, task, triggered, **speed)
         right = triggered["label"][:]
         rows.append(count("asr", [p == test.target for p in predicted], trigger))
@@ -127,9 +127,7 @@ def _generation(
     # Clean prompts and all triggered ones go through one call, so that they share batches.
     sets = {None: test.clean}
     for trigger, rows in test.triggered.items():
-        sets[trigger] = rows.filter(
-            lambda row: not is_target(row["response"], test.target), load_from_cache_file=False
-        )
+        sets[trigger] = rows.filter(lambda row: not is_target(row["response"], test.target), keep_in_memory=True)
     prompts = [prompt for rows in sets.values() for prompt in rows["prompt"]]
     answers = iter(generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **speed))
     answered = {trigger: [next(answers) for _ in range(len(rows))] for trigger, rows in sets.items()}
