@@ -56,7 +56,9 @@ class Run:
         recipe = self.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
-        self.rows = prepare_rows(recipe, self.tokenizer)
+        # Two processes that build one cache of a file at once trip over each other's temporary files.
+        with PartialState().main_process_first():
+            self.rows = prepare_rows(recipe, self.tokenizer)
         with main_process() as first:
             if first:
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
