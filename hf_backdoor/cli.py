@@ -94,16 +94,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = find_recipe(options.recipe)
-    if options.dry_run:
-        from .dry_run import describe_run
-        from .recipe import load_recipe
-
-        print(describe_run(load_recipe(recipe, rest)))
-        return 0
-    if options.accelerate_config is None:
+    if options.dry_run or options.accelerate_config is None:
         from .run import main as run_main
 
-        return run_main([str(recipe), *rest])
+        return run_main([str(recipe), *rest, *(["--dry_run"] if options.dry_run else [])])
     return subprocess.run(
         launch_command(options.accelerate_config) + ["-m", "hf_backdoor.run", str(recipe), *rest]
     ).returncode

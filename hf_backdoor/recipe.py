@@ -44,7 +44,7 @@ REMOVED = {
 }
 
 # Arguments of TrainingArguments that a run decides for itself.
-RESERVED = {"stages", "logging_steps_dir", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
+RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
 
 
 @dataclass

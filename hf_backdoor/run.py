@@ -92,8 +92,7 @@ class Run:
 
     def _path(self, name: str) -> str:
         """A folder of the run, or a model's name from elsewhere."""
-        inside = self.folder / name
-        return str(inside) if name in self.prints else name
+        return str(self.folder / name) if name in self.prints else name
 
     def _origin(self, name: str) -> Any:
         """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
