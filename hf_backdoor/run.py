@@ -135,11 +135,10 @@ class Run:
         if held_out is None:
             arguments["eval_strategy"] = "no"
         source = self.rows.sources["clean" if stage.rows == "clean" else "attack"]["sha256"]
-        lora = recipe.use_peft and stage.rows == "clean"
-        peft = {key: getattr(recipe, key) for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")}
+        peft = self._peft() if recipe.use_peft and stage.rows == "clean" else None
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
-            self._origin(stage.parent), peft if lora else None,
+            self._origin(stage.parent), peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
         )  # fmt: skip
         self.prints[stage.folder] = print_
@@ -154,12 +153,8 @@ class Run:
                 eval_dataset=held_out,
                 processing_class=self.tokenizer,
                 task=self.rows.task,
-                peft_config=LoraConfig(
-                    r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
-                    target_modules=recipe.lora_target_modules,
-                    task_type="SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
-                ) if lora else None,
-            )  # fmt: skip
+                peft_config=LoraConfig(**peft) if peft else None,
+            )
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 raise ValueError(
                     f"the engine is {trainer.accelerator.distributed_type.value}: a run needs whole models between its "
@@ -184,6 +179,17 @@ class Run:
             del trainer
             gc.collect()
         self.costs.append({key: done[key] for key in ("stage", "seconds", "tokens", "peak_memory")})
+
+    def _peft(self) -> dict[str, Any]:
+        """Arguments of the adapter that a defense stage trains."""
+        recipe = self.recipe
+        return {
+            "r": recipe.lora_r,
+            "lora_alpha": recipe.lora_alpha,
+            "lora_dropout": recipe.lora_dropout,
+            "target_modules": recipe.lora_target_modules,
+            "task_type": "SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
+        }
 
     def _save(self, trainer: DefenseTrainer, folder: Path) -> None:
         with main_process() as first:
