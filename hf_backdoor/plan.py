@@ -1,6 +1,7 @@
 """What a recipe comes down to: its trainings, in order, each from one folder into another."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Stage:
         parent (`str`): Folder of the run that holds the model it starts from, or a model's name.
         folder (`str`): Folder of the run that it writes.
         rows (`str`): `clean`, `attack` (as it is) or `poisoned`.
+        inputs (`dict[str, str]`): Folders of the further models that the trainer takes, by its argument.
         as_long_as (`str`, *optional*): Folder of the stage whose number of optimizer steps it must match.
         measured (`bool`): Whether its model has rows in `results.json`.
     """
@@ -32,6 +34,7 @@ class Stage:
     parent: str
     folder: str
     rows: str
+    inputs: dict[str, str] = field(default_factory=dict)
     as_long_as: str | None = None
     measured: bool = True
 
@@ -53,27 +56,51 @@ def plan(recipe: Recipe) -> list[Stage]:
     if recipe.method is None:
         return stages
     method = METHODS[recipe.method]
+    given = {"base": base, "suspect": suspect}
     last = list(method.stages)[-1]
-    parent = suspect
-    for name, step in method.stages.items():
-        folder = "cleaned" if name == last else name
-        shown = "cleaned" if name == last else f"stage/{name}"
-        stages.append(
-            Stage(shown, name, step, parent, folder, "clean", measured=name == last or recipe.evaluate_stages)
-        )
-        parent = folder
+    shown = {name: f"stage/{name}" for name in method.stages} | {last: "cleaned"}
+    folders = {name: name for name in method.stages} | {last: "cleaned"}
+    measured = {name for name in method.stages if recipe.evaluate_stages} | {last}
+    stages += defense_stages(method.stages, given, folders, shown, measured)
     for control in recipe.controls:
-        parent = suspect
-        for name, step in method.controls[control].items():
-            folder = f"controls/{control}/{name}"
-            twin = "cleaned" if name == last else name
-            stages.append(
-                Stage(
-                    f"control/{control}", name, step, parent, folder, "clean", as_long_as=twin, measured=name == last
-                )
-            )
-            parent = folder
+        steps = method.controls[control]
+        own = {name: f"controls/{control}/{name}" for name in steps}
+        shown = dict.fromkeys(steps, f"control/{control}")
+        stages += defense_stages(steps, given | folders, own, shown, {list(steps)[-1]}, folders)
     return stages
+
+
+def defense_stages(
+    steps: dict[str, Step],
+    models: dict[str, str],
+    folders: dict[str, str],
+    shown: dict[str, str],
+    measured: set[str],
+    twins: dict[str, str] | None = None,
+) -> Iterator[Stage]:
+    """The stages of a method or of a control.
+
+    Args:
+        steps (`dict[str, Step]`): By name, in order.
+        models (`dict[str, str]`): Folders of the models that are there already, by name.
+        folders, shown (`dict[str, str]`): Each step's own folder, and its model's name in `results.json`.
+        measured (`set[str]`): Steps whose models are evaluated.
+        twins (`dict[str, str]`, *optional*): Folders of the stages whose number of optimizer steps must be matched.
+    """
+    before = "suspect"
+    for name, step in steps.items():
+        yield Stage(
+            name=shown[name],
+            settings=name,
+            step=step,
+            parent=models[step.starts_from or before],
+            folder=folders[name],
+            rows="poisoned" if step.rows == "suspect" else "clean",
+            inputs={argument: models[model] for argument, model in step.inputs.items()},
+            as_long_as=twins[name] if twins else None,
+            measured=name in measured,
+        )
+        models, before = models | {name: folders[name]}, name
 
 
 def stage_arguments(stage: Stage, recipe: Recipe) -> dict[str, Any]:

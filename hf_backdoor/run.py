@@ -138,7 +138,7 @@ class Run:
         peft = self._peft() if recipe.use_peft and stage.rows == "clean" else None
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
-            self._origin(stage.parent), peft,
+            self._origin(stage.parent), {name: self._origin(model) for name, model in stage.inputs.items()}, peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
         )  # fmt: skip
         self.prints[stage.folder] = print_
@@ -154,6 +154,7 @@ class Run:
                 processing_class=self.tokenizer,
                 task=self.rows.task,
                 peft_config=LoraConfig(**peft) if peft else None,
+                **{argument: self._path(name) for argument, name in stage.inputs.items()},
             )
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 raise ValueError(

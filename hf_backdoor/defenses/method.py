@@ -1,7 +1,7 @@
 """How a method is laid out: stages in order, and the controls that its tables need."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .config import DefenseConfig
 from .trainer import DefenseTrainer
@@ -9,10 +9,25 @@ from .trainer import DefenseTrainer
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: who trains, and what it changes in the arguments."""
+    """One stage: who trains what on which rows.
+
+    Models are named by the stage that made them; `"suspect"` and `"base"` (what the suspect was trained from) are there
+    before the first.
+
+    Args:
+        trainer (`type[DefenseTrainer]`): Who trains.
+        overrides (`dict[str, Any]`): What it changes in the arguments.
+        starts_from (`str`, *optional*): The model it trains: by default the one that the stage before it left.
+        inputs (`dict[str, str]`): Further models that the trainer takes, as folders: argument to name.
+        rows (`str`, defaults to `"clean"`): What it trains on: the defender's `clean` rows, or the `suspect` rows that
+            the suspect was trained on.
+    """
 
     trainer: type[DefenseTrainer]
     overrides: dict[str, Any] = field(default_factory=dict)
+    starts_from: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    rows: Literal["clean", "suspect"] = "clean"
 
 
 @dataclass(frozen=True)
@@ -21,9 +36,10 @@ class Method:
 
     Args:
         config (`type[DefenseConfig]`): Arguments of every stage.
-        stages (`dict[str, Step]`): By name, in order. Each starts from the model that the one before it left.
+        stages (`dict[str, Step]`): By name, in order. The last one makes the cleaned model.
         controls (`dict[str, dict[str, Step]]`): By name, the same stages with an ingredient taken out. A control
-            trains for as many optimizer steps as the stage it stands in for, on the same clean rows, at its rate.
+            trains for as many optimizer steps as the stage it stands in for, on the same clean rows, at its rate. It may
+            leave out stages whose models it takes over from the method.
         needs (`str`): In words, what the defender must have.
     """
 

@@ -7,6 +7,7 @@ of its losses ([`DefenseTrainer.loss_terms`]), and this class takes the mean ove
 however the step is cut into micro-batches and spread over processes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -47,6 +55,8 @@ class DefenseTrainer(Trainer):
             How rows become tokens; found from the model, the columns and `args` by default.
         peft_config (`PeftConfig`, *optional*):
             Trains an adapter in place of all the weights.
+        teacher_model (`PreTrainedModel` or `str`, *optional*):
+            Second model of a method that distils, or its folder: frozen, and loaded when it is first needed.
         kwargs:
             Everything else that `Trainer` takes.
 
@@ -69,6 +79,7 @@ class DefenseTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         task: Task | None = None,
         peft_config: PeftConfig | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ):
         args = self.config_class()("tmp_trainer") if args is None else args
@@ -84,6 +95,7 @@ class DefenseTrainer(Trainer):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template)
         self.args = args
         self.task = task
+        self.teacher_model = teacher_model
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         train_rows = self.prepare_train(train_dataset, processing_class)
         eval_rows = self.prepare_eval(eval_dataset, processing_class)
@@ -136,6 +148,28 @@ class DefenseTrainer(Trainer):
             self._forward_columns = set(self._signature_columns)
             self._signature_columns += SIDE_COLUMNS
 
+    # ---- Teacher ----
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher, frozen, in evaluation mode, on the device. Prepared when it is first asked for: a second model in
+        `__init__` would keep `evaluate` from preparing the first.
+
+        Raises:
+            `ValueError`: if there is none.
+        """
+        if self.teacher_model is None:
+            raise ValueError("teacher_model is None: pass the model to distil from, or its folder")
+        if isinstance(self.teacher_model, str):
+            student = base_model(self.model)
+            classifies = type(student).__name__.endswith("ForSequenceClassification")
+            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+            self.teacher_model = auto.from_pretrained(self.teacher_model, use_safetensors=True, dtype=student.dtype)
+        teacher = self.teacher_model
+        if teacher.training or teacher.device != self.args.device:
+            self.teacher_model = teacher.requires_grad_(False).eval().to(self.args.device)
+        return self.teacher_model
+
     # ---- Loss ----
 
     def loss_terms(
@@ -154,15 +188,17 @@ class DefenseTrainer(Trainer):
         outputs = self.forward(model, inputs)
         return {"task": self.task_loss(outputs.logits, inputs["labels"])}, outputs.logits
 
-    def forward(self, model: nn.Module, inputs: dict[str, Tensor], final_state: bool = False) -> ModelOutput:
-        """Runs the model on a batch; logits at the answer's positions only, and the last hidden state on demand."""
+    def forward(
+        self, model: nn.Module, inputs: dict[str, Tensor], hidden_states: Sequence[int] | None = None
+    ) -> ModelOutput:
+        """Runs a model on a batch; logits at the answer's positions only, and the hidden states of the layers named."""
         self._set_signature_columns_if_needed()
         arguments = {name: inputs[name] for name in self._forward_columns if name in inputs and name != "labels"}
         keep = inputs["labels"].shape[1] + 1 if inputs["labels"].dim() == 2 else None
         if keep is not None and "logits_to_keep" in self._forward_columns:
             arguments["logits_to_keep"] = keep
-        if final_state:
-            arguments["output_hidden_states"] = [-1]
+        if hidden_states:
+            arguments["output_hidden_states"] = list(hidden_states)
         outputs = model(**arguments)
         if keep is not None and outputs.logits.shape[1] != keep:
             outputs.logits = outputs.logits[:, -keep:]

@@ -172,7 +172,7 @@ class LocphylaxTrainer(DefenseTrainer):
             return super().loss_terms(model, inputs, step_counts)
         if self.centres is None:
             self._measure(model)
-        outputs = self.forward(model, inputs, final_state=True)
+        outputs = self.forward(model, inputs, hidden_states=[-1])
         ids, states = inputs["trigger_id"], readout_states(outputs.hidden_states[-1], inputs)
         # The trainer divides by the step's samples; this makes it each trigger's own count, 1/|I_k|.
         per_trigger = step_counts.sum() / step_counts.clamp(min=1)[ids]
@@ -197,7 +197,7 @@ class LocphylaxTrainer(DefenseTrainer):
         for start in range(0, len(dataset), self.args.eval_batch_size):
             features = [dataset[row] for row in range(start, min(start + self.args.eval_batch_size, len(dataset)))]
             batch = self._prepare_inputs(self.data_collator(features))
-            outputs = self.forward(model, batch, final_state=True)
+            outputs = self.forward(model, batch, hidden_states=[-1])
             losses.append(self.task_loss(outputs.logits, batch["labels"]))
             states.append(readout_states(outputs.hidden_states[-1], batch))
         model.train()
