@@ -8,6 +8,7 @@ however the step is cut into micro-batches and spread over processes.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class DefenseTrainer(Trainer):
 
     # ---- Teacher ----
 
-    @property
+    @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher, frozen, in evaluation mode, on the device. Prepared when it is first asked for: a second model in
         `__init__` would keep `evaluate` from preparing the first.
@@ -160,15 +161,13 @@ class DefenseTrainer(Trainer):
         """
         if self.teacher_model is None:
             raise ValueError("teacher_model is None: pass the model to distil from, or its folder")
-        if isinstance(self.teacher_model, str):
+        teacher = self.teacher_model
+        if isinstance(teacher, str):
             student = base_model(self.model)
             classifies = type(student).__name__.endswith("ForSequenceClassification")
             auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-            self.teacher_model = auto.from_pretrained(self.teacher_model, use_safetensors=True, dtype=student.dtype)
-        teacher = self.teacher_model
-        if teacher.training or teacher.device != self.args.device:
-            self.teacher_model = teacher.requires_grad_(False).eval().to(self.args.device)
-        return self.teacher_model
+            teacher = auto.from_pretrained(teacher, use_safetensors=True, dtype=student.dtype)
+        return teacher.requires_grad_(False).eval().to(self.args.device)
 
     # ---- Loss ----
 
