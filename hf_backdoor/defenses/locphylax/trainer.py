@@ -1,17 +1,16 @@
 """[`LocphylaxTrainer`]: plant known backdoors so that the unknown one collapses into them, then recover."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import SequenceClassification, Trigger
-from ..trainer import DefenseTrainer, base_model
+from ..staged import StagedTrainer
+from ..trainer import base_model
 from .config import LocphylaxConfig
 from .head import resize_head
 from .losses import balance, clustering_loss, trigger_centres, trigger_membership
@@ -31,7 +30,7 @@ def exact_answers(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(right.all(axis=1).mean())}
 
 
-class LocphylaxTrainer(DefenseTrainer):
+class LocphylaxTrainer(StagedTrainer):
     """
     Locphylax (https://huggingface.co/papers/2510.10265) for classifiers and causal LMs.
 
@@ -109,43 +108,13 @@ class LocphylaxTrainer(DefenseTrainer):
 
     # ---- Stages ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Runs the stages of `args.stages` in order.
-
-        With two stages, checkpoints lie in a folder for each (`output_dir/inject`, `output_dir/recover`), and
-        `resume_from_checkpoint=True` goes on in the last stage that has one.
-        """
-        stages = list(self.args.stages)
-        checkpoint = resume_from_checkpoint
-        if resume_from_checkpoint is True:
-            found = [
-                (stage, get_last_checkpoint(folder)) for stage in stages if (folder := self._stage_dir(stage)).is_dir()
-            ]
-            reached, checkpoint = next(((s, c) for s, c in reversed(found) if c is not None), (stages[0], None))
-            stages = stages[stages.index(reached) :]
-        for stage in stages:
-            if stage != self.stage:
-                self._enter(stage)
-            set_seed(self.args.seed)
-            output = super().train(checkpoint, **kwargs)
-            checkpoint = None
-        return output
-
-    def _enter(self, stage: str) -> None:
-        """A new stage: its own rows, and an optimizer, schedule and centres that start afresh."""
-        self.stage = stage
+    def enter(self, stage: str) -> None:
+        """A new stage has its own rows, and centres that start afresh."""
+        super().enter(stage)
         self.prepare_model(base_model(self.model))
         self.train_dataset = self._plant(self.clean, self.processing_class)
         self.eval_dataset = self.prepare_eval(self.held_out, self.processing_class)
-        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
         self._forget()
-
-    def _stage_dir(self, stage: str) -> Path:
-        several = len(self.args.stages) > 1
-        return Path(self.args.output_dir, stage) if several else Path(self.args.output_dir)
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._stage_dir(self.stage))
 
     def evaluate(
         self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
@@ -184,7 +153,6 @@ class LocphylaxTrainer(DefenseTrainer):
         self.alpha: Tensor | None = None
         self.centres: Tensor | None = None
         self._centre_sums: Tensor | float = 0.0
-        self.ended = False
 
     @torch.no_grad()
     def _measure(self, model: nn.Module) -> None:

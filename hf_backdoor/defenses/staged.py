@@ -1,0 +1,57 @@
+"""[`StagedTrainer`]: several trainings in a row behind one `train()`."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from .trainer import DefenseTrainer
+
+
+class StagedTrainer(DefenseTrainer):
+    """
+    A trainer whose `train()` runs the stages of `args.stages` in order.
+
+    With two stages or more, checkpoints lie in a folder for each (`output_dir/STAGE`), and `resume_from_checkpoint=True`
+    goes on in the last stage that has one.
+    """
+
+    # The stage whose rows and losses are in place.
+    stage: str
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Runs the stages of `args.stages` in order."""
+        stages = list(self.args.stages)
+        checkpoint = resume_from_checkpoint
+        if resume_from_checkpoint is True:
+            found = [
+                (stage, get_last_checkpoint(folder)) for stage in stages if (folder := self.stage_dir(stage)).is_dir()
+            ]
+            reached, checkpoint = next(((s, c) for s, c in reversed(found) if c is not None), (stages[0], None))
+            stages = stages[stages.index(reached) :]
+        for stage in stages:
+            if stage != self.stage:
+                self.enter(stage)
+            set_seed(self.args.seed)
+            output = super().train(checkpoint, **kwargs)
+            checkpoint = None
+            self.leave(stage)
+        return output
+
+    def enter(self, stage: str) -> None:
+        """Before a stage other than the first: an optimizer and a schedule that start afresh. Override for rows and model."""
+        self.stage = stage
+        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
+        self.ended = False
+
+    def leave(self, stage: str) -> None:
+        """After a stage, when it has run to its end."""
+
+    def stage_dir(self, stage: str) -> Path:
+        """Where a stage's checkpoints lie."""
+        several = len(self.args.stages) > 1
+        return Path(self.args.output_dir, stage) if several else Path(self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self.stage_dir(self.stage))
