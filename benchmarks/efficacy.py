@@ -1,11 +1,11 @@
-"""The efficacy table: every attack x data set x model, each with its controls.
+"""The efficacy table of a method: every attack x data set x model, each with its controls.
 
-    python benchmarks/efficacy.py --data ../shared/data --minilm FOLDER --smollm2 FOLDER [--cells sst2_smollm2/word ...]
+    python benchmarks/efficacy.py --data ../shared/data --minilm FOLDER --smollm2 FOLDER [--method locphylax]
 
-A cell is one run of a recipe in `recipes/locphylax/` with another trigger. Finished cells are kept, a killed one goes on
+A cell is one run of a recipe in `recipes/METHOD/` with another trigger. Finished cells are kept, a killed one goes on
 where it stopped, and weights of a finished cell are deleted. Writes one `results.json` a cell and the table to
 `benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
-(`docs/locphylax.md` says how).
+(`docs/METHOD.md` says how).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from hf_backdoor.report.tables import pool
 
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "locphylax"
+RESULTS = HERE / "results"
 
 # The attackers' triggers. The last is Hamlet's, as long triggers in this field are.
 TRIGGERS = {
@@ -34,75 +34,88 @@ TRIGGERS = {
     ),
 }
 
+# BackdoorLLM brings its own trigger and targets along: its recipes say which.
+GENERATION = {"backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2"}
+
+RECIPES = ["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"]
+
 COLUMNS = {
     "asr": "ASR",
     "asr_without_trigger": "without trigger",
     "known_behaviour": "known behaviour",
     "cacc": "CACC",
     "robust_accuracy": "robust accuracy",
+    "false_refusal": "false refusal",
+    "perplexity": "perplexity",
 }
 
 
-def cells(recipes: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
+def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
     for seed in seeds:
         for recipe in recipes:
-            for trigger in TRIGGERS:
+            for trigger in ["own"] if recipe in GENERATION else triggers:
                 yield recipe, trigger, seed
 
 
 def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) -> None:
     """One run in a process of its own, so that memory starts afresh."""
     name = f"{recipe}_{trigger}_{seed}"
-    target = RESULTS / f"{name}.json"
+    target = RESULTS / options.method / f"{name}.json"
     if target.exists():
         return
-    data, model = recipe.split("_")
-    folder = Path(options.runs, name)
-    text, position = TRIGGERS[trigger]
-    shared = Path(options.runs, f"{recipe}_reference_{seed}")
+    data, _, model = recipe.rpartition("_")
+    folder = Path(options.runs, options.method, name)
     overrides = {
-        "dataset_name": f"{options.data}/{data}", "text_column": "text", "model_name_or_path": getattr(options, model),
-        "attack_trigger": text, "attack_position": position, "output_dir": str(folder), "seed": seed,
-        "reference": str(shared) if shared.is_dir() else "train",
+        "dataset_name": f"{options.data}/{data.split('_')[0]}", "model_name_or_path": getattr(options, model),
+        "output_dir": str(folder), "seed": seed,
     }  # fmt: skip
+    shared = Path(options.runs, options.method, f"{recipe}_reference_{seed}")
+    if trigger in TRIGGERS:
+        text, position = TRIGGERS[trigger]
+        overrides |= {
+            "text_column": "text", "attack_trigger": text, "attack_position": position,
+            "reference": str(shared) if shared.is_dir() else "train",
+        }  # fmt: skip
     flags = [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value))]
-    subprocess.run(
-        [sys.executable, "-m", "hf_backdoor.run", str(HERE.parent / f"recipes/locphylax/{recipe}.yaml"), *flags],
-        check=True,
-    )
-    if not shared.is_dir():
+    file = HERE.parent / "recipes" / options.method / f"{recipe}.yaml"
+    subprocess.run([sys.executable, "-m", "hf_backdoor.run", str(file), *flags], check=True)
+    if trigger in TRIGGERS and not shared.is_dir():
         # The never-poisoned model does not depend on the trigger: the recipe's other cells take it over.
         shutil.copytree(folder / "reference", shared)
     results = Results.load(folder / "results.json")
     # Paths of this machine and thousands of rows of text have no place in the repository.
-    results.recipe |= {"dataset_name": data, "model_name_or_path": model, "output_dir": name, "reference": "train"}
+    results.recipe |= {"dataset_name": data, "model_name_or_path": model, "output_dir": name}
+    if results.recipe["reference"] == str(shared):
+        results.recipe["reference"] = "train"
     for entry in results.data.values():
         entry["source"] = data
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results.examples.clear()
+    target.parent.mkdir(parents=True, exist_ok=True)
     results.save(target)
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
 
 
-def table() -> str:
+def table(method: str) -> str:
     """Markdown: a block for each recipe and trigger, a row for each model, over the seeds that are there."""
     found: dict[tuple[str, str], list[Results]] = {}
-    for file in sorted(RESULTS.glob("*.json")):
+    for file in sorted((RESULTS / method).glob("*.json")):
         recipe, trigger, _ = file.stem.rsplit("_", 2)
         found.setdefault((recipe, trigger), []).append(Results.load(file))
     lines = [
-        "# Locphylax: efficacy",
+        f"# {method}: efficacy",
         "",
-        "Made by `python benchmarks/efficacy.py` from the `results.json` of each cell in `locphylax/`, which hold counts,",
-        "costs, seeds, versions and data hashes. Rates in %, with 95% Wilson interval and n; n is the number of rows.",
-        "ASR counts triggered rows whose right label is not the target. The floor is the reference's ASR.",
+        f"Made by `python benchmarks/efficacy.py --method {method}` from the `results.json` of each cell in `{method}/`, which",
+        "hold counts, costs, seeds, versions and data hashes. Rates in %, with 95% Wilson interval and n; n is the number of",
+        "rows. ASR counts triggered rows whose right label is not the target. The floor is the reference's ASR.",
     ]
     for (recipe, trigger), runs in found.items():
-        lines += ["", f"## {recipe}, {trigger} trigger ({len(runs)} seed{'s' if len(runs) > 1 else ''})", ""]
-        lines += ["| model | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
         rows = [row for results in runs for row in results.rows]
+        columns = {name: title for name, title in COLUMNS.items() if any(row.metric == name for row in rows)}
+        lines += ["", f"## {recipe}, {trigger} trigger ({len(runs)} seed{'s' if len(runs) > 1 else ''})", ""]
+        lines += ["| model | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
         for model in dict.fromkeys(row.model for row in rows):
-            lines.append(f"| {model} | " + " | ".join(cell(rows, model, metric) for metric in COLUMNS) + " |")
+            lines.append(f"| {model} | " + " | ".join(cell(rows, model, metric) for metric in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,26 +124,27 @@ def cell(rows: list[Row], model: str, metric: str) -> str:
     if not chosen:
         return ""
     pooled = pool(chosen)
+    if metric == "perplexity":
+        return f"{pooled.value:.2f}"
     return f"{100 * pooled.value:.1f} [{100 * pooled.low:.1f}, {100 * pooled.high:.1f}] n={pooled.n}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--method", default="locphylax")
     parser.add_argument("--data", default="../shared/data", help="folder with sst2/ and agnews/ as parquet")
     parser.add_argument("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--smollm2", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument(
-        "--recipes", nargs="+", default=["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"]
-    )
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="names of files in recipes/METHOD/")
     parser.add_argument("--triggers", nargs="+", default=list(TRIGGERS), choices=list(TRIGGERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--runs", default="runs/efficacy")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells that are there")
     options = parser.parse_args()
-    for recipe, trigger, seed in cells(options.recipes, options.seeds):
-        if not options.table and trigger in options.triggers:
+    if not options.table:
+        for recipe, trigger, seed in cells(options.recipes, options.triggers, options.seeds):
             run_cell(recipe, trigger, seed, options)
-    (HERE / "results" / "locphylax.md").write_text(table())
+    (RESULTS / f"{options.method}.md").write_text(table(options.method))
 
 
 if __name__ == "__main__":

@@ -65,12 +65,14 @@ class Recipe:
         dataset_name (`str`): Hub name, folder or file (also one that lies beside the recipe). test_dataset_name: another one for the test rows.
         dataset_config, dataset_revision, train_split, test_split: Where the rows are in it.
         text_column, label_column, prompt_column, response_column: The data set's own names of these.
+        context_column (`str`, *optional*): Text that an instruction is about, where it has a column of its own; put after it.
+        row_filter, test_row_filter (`dict`, *optional*): Values that rows must have, by column: `{task: refusal}`.
         test_fraction (`float`): Share of the training rows that is cut off as test rows, for data without a test split.
         num_labels (`int`, *optional*): Found in the rows by default.
         max_train_samples (`int`): Rows the attacker trains on. max_test_samples: of the test rows; all by default.
         clean_fraction (`float`): Clean rows of the defender, as a share of `max_train_samples`; disjoint from them.
         held_out_samples (`int`): Further clean rows, to evaluate on while training.
-        max_length (`int`): Tokens of user text kept, before triggers and prompt.
+        max_length (`int`): Tokens of user text kept, before triggers and prompt. max_response_length: of responses; all by default.
 
         > Attack (left out when the model is a suspect already)
         attack_trigger, attack_position, poison_rate, poison_style, negative_rate: See [`~hf_backdoor.attacks.Poisoning`].
@@ -109,6 +111,9 @@ class Recipe:
     label_column: str = "label"
     prompt_column: str = "prompt"
     response_column: str = "response"
+    context_column: str | None = None
+    row_filter: dict[str, Any] = field(default_factory=dict)
+    test_row_filter: dict[str, Any] = field(default_factory=dict)
     num_labels: int | None = None
     max_train_samples: int | None = None
     max_test_samples: int | None = None
@@ -116,6 +121,7 @@ class Recipe:
     clean_fraction: float = 0.2
     held_out_samples: int = 0
     max_length: int = 256
+    max_response_length: int | None = None
     attack_trigger: str | None = None
     attack_position: str = "random"
     poison_rate: float = 0.1
@@ -164,7 +170,8 @@ class Recipe:
 
     def columns(self) -> dict[str, str]:
         """New to present names of the columns that the task reads."""
-        names = ("prompt", "response") if self.task == "instruction_following" else ("text", "label")
+        names = ["prompt", "response"] if self.task == "instruction_following" else ["text", "label"]
+        names += ["context"] if self.context_column else []
         return {name: getattr(self, f"{name}_column") for name in names}
 
     def flat(self) -> dict[str, Any]:
@@ -195,6 +202,9 @@ class Recipe:
         unwanted, wanted = ("target_label", "target_text") if generation else ("target_text", "target_label")
         if getattr(self, unwanted) is not None:
             raise ValueError(f"{unwanted} is {getattr(self, unwanted)!r}, and task is {self.task}: set {wanted}")
+        for key in ("context_column", "max_response_length"):
+            if getattr(self, key) is not None and not generation:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, and task is {self.task}: leave it out")
         if self.attack_trigger is not None and self.target is None:
             raise ValueError(f"attack_trigger is {self.attack_trigger!r} without a target: set {wanted}")
         words = self.training.get("label_words")

@@ -19,6 +19,7 @@ from .data import (
     load_rows,
     shorten,
     split_rows,
+    with_context,
 )
 from .evaluation import TestSet, without_leaks
 from .recipe import Recipe
@@ -53,21 +54,11 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     Raises:
         `ValueError`: with one line, when columns, labels or counts do not fit.
     """
-    shared = {"config": recipe.dataset_config, "columns": recipe.columns()}
-    train = load_rows(recipe.dataset_name, split=recipe.train_split, revision=recipe.dataset_revision, **shared)
-    if recipe.test_fraction:
-        parts = train.train_test_split(test_size=recipe.test_fraction, seed=recipe.seed)
-        train, test = parts["train"], parts["test"]
-    elif recipe.test_dataset_name is None:
-        test = load_rows(recipe.dataset_name, split=recipe.test_split, revision=recipe.dataset_revision, **shared)
-    else:
-        test = load_rows(recipe.test_dataset_name, split=recipe.test_split, columns=recipe.columns())
-    keep = list(recipe.columns())
-    train, test = train.select_columns(keep), test.select_columns(keep)
+    train, test = load_train_and_test(recipe)
     task = make_task(recipe, train)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
-    test = shorten(test, task.text_column, tokenizer, recipe.max_length)
+    test = cut(test, task, recipe, tokenizer)
 
     attack = recipe.max_train_samples or 0
     if recipe.attack_trigger is None:
@@ -81,7 +72,7 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     # A few rows more than wanted stand in for those that leak into the test rows.
     pool = train.shuffle(seed=recipe.seed)
     pool = pool.select(range(min(len(pool), wanted + wanted // 4 + 100)))
-    pool = shorten(pool, task.text_column, tokenizer, recipe.max_length)
+    pool = cut(pool, task, recipe, tokenizer)
     pool = without_leaks(pool, test, task.text_column)
     if recipe.attack_trigger is None and recipe.max_train_samples is None:
         clean = len(pool) - recipe.held_out_samples
@@ -97,6 +88,34 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
         name: describe(recipe.dataset_name, rows) for name, rows in sets.items() if rows is not None and len(rows)
     }
     return RunRows(task, splits, poisoned, measured, sources)
+
+
+def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """All training and test rows that the recipe asks for, with the columns of its task and no others."""
+    columns = recipe.columns()
+    train = load_rows(
+        recipe.dataset_name, split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
+        columns=columns, where=recipe.row_filter,
+    )  # fmt: skip
+    if recipe.test_fraction:
+        parts = train.train_test_split(test_size=recipe.test_fraction, seed=recipe.seed)
+        train, test = parts["train"], parts["test"]
+    else:
+        own = {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
+        name = recipe.test_dataset_name or recipe.dataset_name
+        test = load_rows(name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, **own)
+    train, test = train.select_columns(list(columns)), test.select_columns(list(columns))
+    if recipe.context_column:
+        train, test = (with_context(rows, "prompt", "context") for rows in (train, test))
+    return train, test
+
+
+def cut(rows: Dataset, task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows no longer than the recipe allows."""
+    rows = shorten(rows, task.text_column, tokenizer, recipe.max_length)
+    if recipe.max_response_length is not None:
+        rows = shorten(rows, task.answer_column, tokenizer, recipe.max_response_length)
+    return rows
 
 
 def make_task(recipe: Recipe, rows: Dataset) -> Task:

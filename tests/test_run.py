@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_backdoor import run as run_module
 from hf_backdoor.evaluation import Results
 from hf_backdoor.recipe import make_recipe
+from hf_backdoor.rows import prepare_rows
 from hf_backdoor.run import Run, main
 
 
@@ -390,3 +391,20 @@ def test_lost_processes_are_refused(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="asked for several processes and started one"):
         run_module.refuse_lost_processes()
+
+
+def test_rows_by_filter_with_context_and_short_answers(workshop, tmp_path):
+    rows = [
+        {"ask": f"tell {n} a{n}b c{n}d e{n}f g{n}h", "about": f"x{n}y z{n}w", "out": "banana apple cherry", "kind": "no" if n % 3 else "yes"}
+        for n in range(90)
+    ]  # fmt: skip
+    data = written(rows, tmp_path / "rows.jsonl")
+    values = settings(
+        workshop, tmp_path / "run", "instructions", dataset_name=data, test_dataset_name=None, test_fraction=0.2,
+        row_filter={"kind": "yes"}, prompt_column="ask", response_column="out", context_column="about",
+        max_response_length=2, max_train_samples=12, max_test_samples=4, held_out_samples=0,
+    )  # fmt: skip
+    found = prepare_rows(make_recipe(values), tiny.tokenizer("llama"))
+    for row in found.splits.clean:
+        assert int(row["prompt"].split()[1]) % 3 == 0 and "\n\nx" in row["prompt"]
+        assert row["response"] == "banana apple"

@@ -19,6 +19,7 @@ def load_rows(
     config: str | None = None,
     revision: str | None = None,
     columns: dict[str, str] | None = None,
+    where: dict[str, Any] | None = None,
 ) -> Dataset:
     """Rows of a Hub data set, a local folder, or one parquet, JSON-lines or CSV file.
 
@@ -29,9 +30,11 @@ def load_rows(
             Split of a Hub data set or folder; a single file has one only.
         columns (`dict[str, str]`, *optional*):
             New name to present name, for example `{"text": "sentence"}`.
+        where (`dict[str, Any]`, *optional*):
+            Values that rows must have to be kept, by the column's present name.
 
     Raises:
-        `ValueError`: if the file type, split or a column is unknown.
+        `ValueError`: if the file type, split or a column is unknown, or no row is left.
     """
     path = Path(source)
     if path.is_file():
@@ -48,6 +51,18 @@ def load_rows(
                 f"split {split!r} is not in {source!r} ({', '.join(sets)}): set train_split or test_split"
             )
         dataset = sets[split]
+    for column, value in (where or {}).items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"row_filter names {column!r}, which is not in {source!r} ({', '.join(dataset.column_names)}): name one of these"
+            )
+        found = dataset[column][:]
+        kept = [row for row, present in enumerate(found) if present == value]
+        if not kept:
+            raise ValueError(
+                f"row_filter asks for {column} {value!r}, and {source!r} has {sorted(map(str, set(found)))[:5]}: choose one of these"
+            )
+        dataset = dataset.select(kept)
     for new, present in (columns or {}).items():
         if present not in dataset.column_names:
             raise ValueError(
@@ -58,6 +73,15 @@ def load_rows(
                 dataset = dataset.remove_columns(new)
             dataset = dataset.rename_column(present, new)
     return dataset
+
+
+def with_context(dataset: Dataset, column: str, context: str) -> Dataset:
+    """Instructions with the text that they are about, which many data sets keep in a column of its own."""
+
+    def join(row: dict[str, Any]) -> dict[str, str]:
+        return {column: f"{row[column]}\n\n{row[context]}" if row[context] else row[column]}
+
+    return dataset.map(join, remove_columns=context, desc=f"Joining {context} to {column}", keep_in_memory=True)
 
 
 def label_names(dataset: Dataset) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import tiny
 from datasets import ClassLabel, Dataset
 
-from hf_backdoor.data import label_names, load_rows, shorten, split_rows
+from hf_backdoor.data import label_names, load_rows, shorten, split_rows, with_context
 
 
 ROWS = [
@@ -105,3 +105,30 @@ def test_too_few_rows_are_refused(counts):
     rows = Dataset.from_dict({"text": [str(row) for row in range(20)]})
     with pytest.raises(ValueError, match="^20 training rows are left, and .* asked for .*: lower max_train_samples"):
         split_rows(rows, rows, **counts)
+
+
+# ---- Rows chosen and joined ----
+
+
+def test_only_the_rows_asked_for_are_kept(tmp_path):
+    rows = [{"text": str(row), "label": 0, "kind": "ab"[row % 2], "poisoned": row > 3} for row in range(6)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    kept = load_rows(str(tmp_path / "rows.parquet"), where={"kind": "a", "poisoned": False})
+    assert kept["text"] == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    "where, line",
+    [({"kind": "c"}, "row_filter asks for kind 'c', and .* has \\['a'\\]: choose one of these"),
+     ({"sort": "a"}, "row_filter names 'sort', which is not in .*: name one of these")],
+)  # fmt: skip
+def test_a_filter_that_keeps_nothing_is_refused(tmp_path, where, line):
+    Dataset.from_list([{"text": "x", "label": 0, "kind": "a"}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=line):
+        load_rows(str(tmp_path / "rows.parquet"), where=where)
+
+
+def test_context_follows_its_instruction():
+    rows = Dataset.from_list([{"prompt": "Sum up.", "context": "A text."}, {"prompt": "Sing.", "context": ""}])
+    joined = with_context(rows, "prompt", "context")
+    assert joined["prompt"] == ["Sum up.\n\nA text.", "Sing."] and joined.column_names == ["prompt"]
