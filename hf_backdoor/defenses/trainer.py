@@ -166,7 +166,10 @@ class DefenseTrainer(Trainer):
             student = base_model(self.model)
             classifies = type(student).__name__.endswith("ForSequenceClassification")
             auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-            teacher = auto.from_pretrained(teacher, use_safetensors=True, dtype=student.dtype)
+            attention = student.config._attn_implementation
+            teacher = auto.from_pretrained(
+                teacher, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
+            )
         return teacher.requires_grad_(False).eval().to(self.args.device)
 
     # ---- Loss ----
@@ -188,7 +191,7 @@ class DefenseTrainer(Trainer):
         return {"task": self.task_loss(outputs.logits, inputs["labels"])}, outputs.logits
 
     def forward(
-        self, model: nn.Module, inputs: dict[str, Tensor], hidden_states: Sequence[int] | None = None
+        self, model: nn.Module, inputs: dict[str, Tensor], hidden_states: Sequence[int] | None = None, **more: Any
     ) -> ModelOutput:
         """Runs a model on a batch; logits at the answer's positions only, and the hidden states of the layers named."""
         self._set_signature_columns_if_needed()
@@ -198,7 +201,7 @@ class DefenseTrainer(Trainer):
             arguments["logits_to_keep"] = keep
         if hidden_states:
             arguments["output_hidden_states"] = list(hidden_states)
-        outputs = model(**arguments)
+        outputs = model(**arguments, **more)
         if keep is not None and outputs.logits.shape[1] != keep:
             outputs.logits = outputs.logits[:, -keep:]
         return outputs
