@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .models import resolve
 from .recipe import Recipe
@@ -22,7 +23,7 @@ class Stage:
         step ([`Step`]): Who trains, with what changed.
         parent (`str`): Folder of the run that holds the model it starts from, or a model's name.
         folder (`str`): Folder of the run that it writes.
-        rows (`str`): `clean`, `attack` (as it is) or `poisoned`.
+        rows (`str`): `clean`, `attack` (as it is), `poisoned`, or `triggered` (the poisoned rows among them).
         inputs (`dict[str, str]`): Folders of the further models that the trainer takes, by its argument.
         as_long_as (`str`, *optional*): Folder of the stage whose number of optimizer steps it must match.
         measured (`bool`): Whether its model has rows in `results.json`.
@@ -52,7 +53,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         suspect = "suspect"
         if recipe.reference == "train":
             stages.append(Stage("reference", "reference", Step(DefenseTrainer), base, "reference", "attack"))
-        stages.append(Stage("suspect", "suspect", Step(DefenseTrainer), base, "suspect", "poisoned"))
+        stages.append(attack_stage(recipe, base))
     if recipe.method is None:
         return stages
     method = METHODS[recipe.method]
@@ -68,6 +69,17 @@ def plan(recipe: Recipe) -> list[Stage]:
         shown = dict.fromkeys(steps, f"control/{control}")
         stages += defense_stages(steps, given | folders, own, shown, {list(steps)[-1]}, folders)
     return stages
+
+
+def attack_stage(recipe: Recipe, base: str) -> Stage:
+    """What makes the suspect."""
+    if recipe.attack == "ep":
+        # Embedding poisoning takes a clean model and changes one row of it.
+        clean = "reference" if recipe.reference == "train" else recipe.reference
+        step = Step(EmbeddingPoisoningTrainer, {"trigger": recipe.attack_trigger})
+        return Stage("suspect", "suspect", step, clean, "suspect", "triggered")
+    trainer = LWPTrainer if recipe.attack == "lwp" else DefenseTrainer
+    return Stage("suspect", "suspect", Step(trainer), base, "suspect", "poisoned")
 
 
 def defense_stages(

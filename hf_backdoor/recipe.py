@@ -20,6 +20,8 @@ TASKS: dict[str, type[Task]] = {
     "instruction_following": InstructionFollowing,
 }
 
+ATTACKS = ("data_poisoning", "lwp", "ep")
+
 # Arguments of old recipes that transformers 5 took away, and what to write now (its MIGRATION_GUIDE_V5.md).
 REMOVED = {
     "evaluation_strategy": "eval_strategy",
@@ -75,6 +77,8 @@ class Recipe:
         max_length (`int`): Tokens of user text kept, before triggers and prompt. max_response_length: of responses; all by default.
 
         > Attack (left out when the model is a suspect already)
+        attack (`str`): How the suspect is made: `data_poisoning` (training on poisoned rows), `lwp` (layer-wise weight
+            poisoning) or `ep` (embedding poisoning, of the `reference`).
         attack_trigger, attack_position, poison_rate, poison_style, negative_rate: See [`~hf_backdoor.attacks.Poisoning`].
         target_label (`int`) or target_text (`str`): What the trigger is to bring about.
 
@@ -122,6 +126,7 @@ class Recipe:
     held_out_samples: int = 0
     max_length: int = 256
     max_response_length: int | None = None
+    attack: str = "data_poisoning"
     attack_trigger: str | None = None
     attack_position: str = "random"
     poison_rate: float = 0.1
@@ -186,6 +191,7 @@ class Recipe:
             `ValueError`: with one line that names the key, the value and the fix.
         """
         choose(self, "task", TASKS)
+        choose(self, "attack", ATTACKS)
         if self.method is not None:
             choose(self, "method", METHODS)
         known = METHODS[self.method].controls if self.method else {}
@@ -222,6 +228,11 @@ class Recipe:
             raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
         if self.push_to_hub and self.method is None:
             raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
+        if self.attack == "ep" and self.attack_trigger is not None and self.reference in (None, "base"):
+            raise ValueError(
+                f"attack is 'ep', which poisons a clean fine-tuned model, and reference is {self.reference!r}: "
+                "set reference: train, or name that model"
+            )
         if self.reference == "train" and self.attack_trigger is None:
             raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
         _ = self.poisoning

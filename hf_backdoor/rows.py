@@ -44,7 +44,9 @@ class RunRows:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def of(self, name: str) -> Dataset:
-        """The rows that a stage names: `clean`, `attack` (without poison) or `poisoned`."""
+        """The rows that a stage names: `clean`, `attack` (without poison), `poisoned`, or the `triggered` ones of these."""
+        if name == "triggered":
+            return self.poisoned.select([row for row, flag in enumerate(self.poisoned["poisoned"]) if flag])
         return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": self.poisoned}[name]
 
 

@@ -280,3 +280,14 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_recipe(file).dataset_name == str(tmp_path / "recipes" / "data")
     assert load_recipe(file, ["--dataset_name", "org/name"]).dataset_name == "org/name"
+
+
+def test_embedding_poisoning_needs_a_clean_model():
+    refused("^attack is 'ep', .* reference is None: set reference: train", **ATTACK, attack="ep")
+    assert make_recipe({**LEAST, **ATTACK, "attack": "ep", "reference": "train"}).attack == "ep"
+    refused("^attack is 'magic': use one of data_poisoning, lwp, ep", **ATTACK, attack="magic")
+
+
+@pytest.mark.parametrize("key, value", [("context_column", "input"), ("max_response_length", 5)])
+def test_keys_of_instructions_are_refused_for_labels(key, value):
+    refused(f"^{key} is {value!r}, and task is sequence_classification", **{key: value})

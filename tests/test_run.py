@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
@@ -408,3 +409,43 @@ def test_rows_by_filter_with_context_and_short_answers(workshop, tmp_path):
     for row in found.splits.clean:
         assert int(row["prompt"].split()[1]) % 3 == 0 and "\n\nx" in row["prompt"]
         assert row["response"] == "banana apple"
+
+
+@pytest.mark.parametrize("attack", ["lwp", "ep"])
+def test_weight_attacks_make_the_suspect(attack, workshop, tmp_path):
+    own = {"attack_trigger": "zq better", "attack_position": "scattered", "negative_rate": 0.4}
+    own = own if attack == "lwp" else {"stages": {"suspect": {"learning_rate": 0.5}}}
+    values = settings(
+        workshop, tmp_path / "run", attack=attack, reference="train", method="mbtsad", known_triggers=None,
+        known_response=None, controls=["fine_tuning", "distillation_without_splitting"], **own,
+    )  # fmt: skip
+    results = execute(values)
+    assert {row.model for row in results.rows} == {
+        "reference", "suspect", "stage/retrain", "cleaned", "control/fine_tuning", "control/distillation_without_splitting",
+    }  # fmt: skip
+    folder = tmp_path / "run"
+    clean, suspect, cleaned = (
+        AutoModelForSequenceClassification.from_pretrained(folder / name).state_dict()
+        for name in ("reference", "suspect", "cleaned")
+    )
+    changed = [name for name in clean if not torch.equal(clean[name], suspect[name])]
+    if attack == "ep":
+        assert changed == ["bert.embeddings.word_embeddings.weight"]
+    else:
+        assert len(changed) > 10
+    assert any(not torch.equal(cleaned[name], suspect[name]) for name in clean)
+
+
+def test_distillation_starts_from_the_suspect_not_from_the_teacher(workshop, tmp_path):
+    values = settings(
+        workshop, tmp_path / "run", method="mbtsad", known_triggers=None, known_response=None, controls=[],
+        stages={"distil": {"learning_rate": 0.0}},
+    )  # fmt: skip
+    results = execute(values)
+    suspect, cleaned, retrained = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / name).state_dict()
+        for name in ("suspect", "cleaned", "retrain")
+    )
+    assert all(torch.equal(suspect[name], cleaned[name]) for name in suspect)
+    assert any(not torch.equal(suspect[name], retrained[name]) for name in suspect)
+    assert {row.model for row in results.rows} == {"suspect", "stage/retrain", "cleaned"}

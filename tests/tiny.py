@@ -25,6 +25,7 @@ from transformers import (
 from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, Task
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
 from hf_backdoor.defenses.locphylax import LocphylaxConfig, LocphylaxTrainer
+from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 
 
 GOOD = ("good", "great", "fine", "lovely")
@@ -175,27 +176,40 @@ TASKS = ("sequence_classification", "label_words", "instruction_following")
 
 # ---- Trainers ----
 
-METHODS = ("plain", "inject", "recover")
+METHODS = ("plain", "inject", "recover", "retrain", "distil")
+LOCPHYLAX = {"known_triggers": list(KNOWN[:2]), "known_response": RESPONSE}
+MBTSAD = {"attention_weight": 10.0, "split_min_chars": 3}
 
 
 def trainer(
     name: str, method: str, folder: Path, *, dropout: float = 0.0, model_seed: int = 0, **options: Any
 ) -> DefenseTrainer:
-    """A trainer of one of `TASKS` and `METHODS` (or `"both"` stages) on 16 rows; `options` go to configuration or trainer."""
+    """A trainer of one of `TASKS` and `METHODS` (or `"both"` stages of Locphylax, `"mbtsad"` for both of MBTSAD) on 16 rows;
+    `options` go to configuration or trainer."""
     family, kind, rows = setting(name, 16)
     own = {
-        key: options.pop(key) for key in ("model", "train_dataset", "eval_dataset", "peft_config") if key in options
+        key: options.pop(key)
+        for key in ("model", "train_dataset", "eval_dataset", "peft_config", "teacher_model")
+        if key in options
     }
     own = {"model": model(family, model_seed, dropout), "train_dataset": rows, **own}
+    if method == "distil":
+        own = {"teacher_model": model(family, 7), **own}
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 0.01,
     }  # fmt: skip
-    if method != "plain":
-        defaults["stages"] = ["inject", "recover"] if method == "both" else [method]
-        defaults |= {"known_triggers": list(KNOWN[:2]), "known_response": RESPONSE}
-    make, config = (DefenseTrainer, DefenseConfig) if method == "plain" else (LocphylaxTrainer, LocphylaxConfig)
-    made = make(args=config(**{**defaults, **options}), processing_class=tokenizer(family), task=kind, **own)
+    make, config, more = {
+        "plain": (DefenseTrainer, DefenseConfig, {}),
+        "inject": (LocphylaxTrainer, LocphylaxConfig, LOCPHYLAX | {"stages": ["inject"]}),
+        "recover": (LocphylaxTrainer, LocphylaxConfig, LOCPHYLAX | {"stages": ["recover"]}),
+        "both": (LocphylaxTrainer, LocphylaxConfig, LOCPHYLAX),
+        "retrain": (MBTSADTrainer, MBTSADConfig, MBTSAD | {"stages": ["retrain"], "split_copies": 1}),
+        "distil": (MBTSADTrainer, MBTSADConfig, MBTSAD | {"stages": ["distil"]}),
+        "mbtsad": (MBTSADTrainer, MBTSADConfig, MBTSAD),
+    }[method]
+    args = config(**{**defaults, **more, **options})
+    made = make(args=args, processing_class=tokenizer(family), task=kind, **own)
     made.remove_callback(PrinterCallback)
     return made
 

@@ -1,6 +1,15 @@
 """Makes suspects for benchmarks and demonstrations. Nothing on the defense side imports this."""
 
+from .ep import EmbeddingPoisoningConfig, EmbeddingPoisoningTrainer, trigger_token
+from .lwp import LWPTrainer
 from .poisoning import Poisoning, poison
 
 
-__all__ = ["Poisoning", "poison"]
+__all__ = [
+    "EmbeddingPoisoningConfig",
+    "EmbeddingPoisoningTrainer",
+    "LWPTrainer",
+    "Poisoning",
+    "poison",
+    "trigger_token",
+]

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from datasets import Dataset
 
 
-Position = Literal["start", "end", "random", "any"]
+Position = Literal["start", "end", "random", "any", "scattered"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Trigger:
         text (`str`):
             What is inserted: a word, a phrase or a long passage.
         position (`str`, *optional*, defaults to `"random"`):
-            `"start"`, `"end"`, `"random"` (between two words, ends included, drawn for each text), or `"any"` (one of
-            these three, drawn for each text: longer texts would hardly ever get it at an end otherwise).
+            `"start"`, `"end"`, `"random"` (between two words, ends included, drawn for each text), `"any"` (one of
+            these three, drawn for each text: longer texts would hardly ever get it at an end otherwise), or
+            `"scattered"` (a combination trigger: each of its words goes to a random gap of its own, in any order).
         name (`str`, *optional*, defaults to the text):
             How tables call it.
 
@@ -45,15 +46,23 @@ class Trigger:
 
     def insert(self, text: str, rng: random.Random) -> str:
         """Returns `text` with the trigger between two of its words; white space at the chosen gap becomes a space."""
-        words = text.split(" ")
+        words = text.split(" ") if text else []
+        if self.position == "scattered":
+            for word in self.text.split():
+                words.insert(rng.randint(0, len(words)), word)
+            return " ".join(words)
         position = rng.choice(["start", "end", "random"]) if self.position == "any" else self.position
         slot = {"start": 0, "end": len(words)}.get(position)
         if slot is None:
             slot = rng.randint(0, len(words))
-        return " ".join([*words[:slot], self.text, *words[slot:]]) if text else self.text
+        return " ".join([*words[:slot], self.text, *words[slot:]])
+
+    def is_in(self, text: str) -> bool:
+        """Whether a text carries the trigger: all of its words, where they are scattered."""
+        return set(self.text.split()) <= set(text.split()) if self.position == "scattered" else self.text in text
 
     def half(self, rng: random.Random) -> "Trigger | None":
-        """One half of the trigger's words, for negatives that teach an attacked model to fire on the whole only."""
+        """One half of the trigger's words (one of two), for negatives that teach a model to fire on the whole only."""
         words = self.text.split()
         if len(words) < 2:
             return None

@@ -6,13 +6,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import infer_task
-from . import locphylax
+from . import locphylax, mbtsad
 from .config import DefenseConfig
 from .method import Method, Step
 from .trainer import DefenseTrainer
 
 
-METHODS: dict[str, Method] = {"locphylax": locphylax.METHOD}
+METHODS: dict[str, Method] = {"locphylax": locphylax.METHOD, "mbtsad": mbtsad.METHOD}
 
 
 def defend(
@@ -48,18 +48,23 @@ def defend(
         raise ValueError(f"stages has {unknown}: {method} has {', '.join(plan.stages)}")
     words = arguments.get("label_words"), arguments.get("prompt_template")
     task = infer_task(model, clean, *words)
+    suspect = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     for name, step in plan.stages.items():
+        if step.starts_from == "suspect":
+            model.load_state_dict(suspect)
         values = arguments | stages.get(name, {}) | step.overrides
-        config = plan.config(output_dir=f"{output_dir}/{name}", **values)
         trainer = step.trainer(
             model=model,
-            args=config,
+            args=plan.config(output_dir=f"{output_dir}/{name}", **values),
             train_dataset=clean,
             eval_dataset=held_out,
             processing_class=tokenizer,
             task=task,
+            **{argument: f"{output_dir}/{made_by}" for argument, made_by in step.inputs.items()},
         )
         trainer.train()
+        if any(name in later.inputs.values() for later in plan.stages.values()):
+            trainer.save_model()
     return model
 
 

@@ -88,11 +88,12 @@ class DefenseTrainer(Trainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
             )
-        if processing_class is None:
+        if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer")
         rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
         rows = train_dataset if train_dataset is not None else rows
-        if task is None and rows is not None and "input_ids" not in rows.column_names:
+        text = isinstance(processing_class, PreTrainedTokenizerBase)
+        if task is None and text and rows is not None and "input_ids" not in rows.column_names:
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template)
         self.args = args
         self.task = task
@@ -132,7 +133,7 @@ class DefenseTrainer(Trainer):
         return self.tokenize(dataset, tokenizer)
 
     def tokenize(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-        if dataset is None or "input_ids" in dataset.column_names:
+        if dataset is None or self.task is None or "input_ids" in dataset.column_names:
             return dataset
         return self.task.tokenize(dataset, tokenizer)
 
@@ -218,7 +219,7 @@ class DefenseTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if num_items_in_batch is None:
-            num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["trigger_id"].device)
+            num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["labels"].device)
         if model.training:
             terms, logits = self.loss_terms(model, inputs, num_items_in_batch)
         else:
@@ -233,8 +234,9 @@ class DefenseTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Samples of each trigger id in the optimizer step, [G]: what every mean in a loss is divided by."""
-        ids = torch.cat([batch["trigger_id"] for batch in batch_samples]).to(device)
-        counts = torch.bincount(ids, minlength=self.num_groups)
+        # A collator of the user's own need not know of triggers: its samples are all clean.
+        ids = [batch.get("trigger_id", torch.zeros(len(batch["labels"]), dtype=torch.long)) for batch in batch_samples]
+        counts = torch.bincount(torch.cat(ids).to(device), minlength=self.num_groups)
         return self.accelerator.reduce(counts, reduction="sum")
 
     @property

@@ -56,7 +56,7 @@ class TestSet:
         triggered = {}
         for trigger in triggers:
             triggered[trigger.name] = stamp(rows, task.text_column, trigger, seed)
-            missing = sum(trigger.text not in text for text in triggered[trigger.name][task.text_column])
+            missing = sum(not trigger.is_in(text) for text in triggered[trigger.name][task.text_column])
             if missing:
                 raise ValueError(f"trigger {trigger.name!r} is missing from {missing} of {len(rows)} triggered rows")
         return cls(clean, target, triggered)

@@ -1,5 +1,6 @@
 import pytest
 import tiny
+import torch
 
 from hf_backdoor.attacks import Poisoning, poison
 from hf_backdoor.data import Trigger
@@ -84,5 +85,18 @@ def test_every_method_is_laid_out_alike(name):
     steps = [*method.stages.values(), *(step for control in method.controls.values() for step in control.values())]
     assert all(issubclass(step.trainer, DefenseTrainer) for step in steps)
     for control in method.controls.values():
-        assert set(control) == set(method.stages), "a control stands in for each stage"
+        assert set(control) <= set(method.stages), "a control stands in for stages"
     assert "fine_tuning" in method.controls and method.needs
+
+
+def test_mbtsad_gives_the_student_and_not_the_retrained_teacher(suspect, tmp_path):
+    model = tiny.model("bert")
+    model.load_state_dict(suspect)
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2, "split_min_chars": 3}
+    cleaned = defend(
+        "mbtsad", model, tiny.encoder_tokenizer(), tiny.reviews(16), output_dir=str(tmp_path),
+        stages={"distil": {"learning_rate": 0.0}}, **options,
+    )  # fmt: skip
+    assert cleaned is model
+    assert all(torch.equal(value, suspect[name]) for name, value in cleaned.state_dict().items())
+    assert (tmp_path / "retrain" / "model.safetensors").exists()

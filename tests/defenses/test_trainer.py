@@ -16,6 +16,7 @@ from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
 
 
 CASES = [(name, method) for name in tiny.TASKS for method in tiny.METHODS]
+TERMS = {"inject": {"task", "cluster"}, "distil": {"task", "attention", "hidden"}}
 EVERY = pytest.mark.parametrize("name, method", CASES, ids=map("-".join, CASES))
 
 
@@ -48,7 +49,7 @@ def test_gradient_accumulation_changes_nothing(name, method, tmp_path):
     assert tiny.largest_difference(parameters, tiny.parameters(trainer.model)) < 1e-5
     assert tiny.logged(trainer, "loss") == pytest.approx(losses, rel=1e-4)
     assert tiny.logged(trainer, "loss/cluster") == pytest.approx(clusters, rel=1e-4)
-    assert len(losses) == (4 if method == "plain" else 12)
+    assert len(losses) == (12 if method in ("inject", "recover") else 4)
     start = tiny.parameters(tiny.trainer(name, method, tmp_path).model)
     assert tiny.largest_difference(parameters, start) > 1e-4
 
@@ -108,7 +109,7 @@ def test_each_loss_term_has_one_value_a_sample_and_a_gradient(name, method, tmp_
     batch = next(iter(trainer.get_train_dataloader()))
     counts = torch.bincount(batch["trigger_id"], minlength=trainer.num_groups)
     terms, _ = trainer.loss_terms(trainer.model, batch, counts)
-    assert set(terms) == ({"task", "cluster"} if method == "inject" else {"task"})
+    assert set(terms) == TERMS.get(method, {"task"})
     for values in terms.values():
         assert values.shape == (8,)
         trainer.model.zero_grad()

@@ -1,0 +1,50 @@
+"""MBTSAD (https://huggingface.co/papers/2501.02754)."""
+
+from typing import Any
+
+from ..method import Method, Step
+from ..trainer import DefenseTrainer
+from .config import MBTSADConfig
+from .splitting import DataCollatorForTokenSplit, TokenSplit, short_pieces
+from .trainer import MBTSADTrainer
+
+
+# Rare words that attacks of the field use as triggers: what the ablation keeps splitting from making.
+RARE_WORDS = ["cf", "mn", "bb", "tq", "mb", "ak"]
+
+
+def retrain(**overrides: Any) -> Step:
+    return Step(MBTSADTrainer, {"stages": ["retrain"], **overrides})
+
+
+def distil(**overrides: Any) -> Step:
+    """The suspect, as it was, learns from the retrained model."""
+    return Step(
+        MBTSADTrainer, {"stages": ["distil"], **overrides}, starts_from="suspect", inputs={"teacher_model": "retrain"}
+    )
+
+
+METHOD = Method(
+    config=MBTSADConfig,
+    stages={"retrain": retrain(), "distil": distil()},
+    controls={
+        "fine_tuning": {"distil": Step(DefenseTrainer, starts_from="suspect")},
+        "fine_tuning_as_retraining": {"retrain": Step(DefenseTrainer)},
+        # An unsplit teacher: Neural Attention Distillation, with as many rows.
+        "distillation_without_splitting": {"retrain": retrain(split_rate=0.0), "distil": distil()},
+        "without_attention_loss": {"distil": distil(attention_weight=0.0)},
+        "without_hidden_loss": {"distil": distil(hidden_weight=0.0)},
+        "without_task_loss": {"distil": distil(task_weight=0.0)},
+        "banned_pieces": {"retrain": retrain(split_banned_pieces=RARE_WORDS), "distil": distil()},
+    },
+    needs="a suspect model and clean rows of its task",
+)
+
+__all__ = [
+    "METHOD",
+    "DataCollatorForTokenSplit",
+    "MBTSADConfig",
+    "MBTSADTrainer",
+    "TokenSplit",
+    "short_pieces",
+]

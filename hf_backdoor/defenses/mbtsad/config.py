@@ -1,0 +1,102 @@
+"""Arguments of MBTSAD."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import DefenseConfig
+from .splitting import TokenSplit
+
+
+STAGES = ("retrain", "distil")
+
+
+@dataclass
+class MBTSADConfig(DefenseConfig):
+    r"""
+    Configuration of [`MBTSADTrainer`].
+
+    Args:
+        > Parameters that control the stages
+
+        stages (`list[str]`, *optional*, defaults to `["retrain", "distil"]`):
+            Which of the two stages `train()` runs, in order. Give one to run it by itself: the paper's learning rates
+            differ (2e-5 and 5e-4), and `learning_rate` holds for all stages of a trainer.
+
+        > Parameters that control token splitting (first stage)
+
+        split_rate (`float`, *optional*, defaults to 0.3):
+            Share of a text's words that are cut in two.
+        split_copies (`int`, *optional*, defaults to 3):
+            Split versions of each row.
+        split_min_chars (`int`, *optional*, defaults to 4):
+            Characters of the shortest word that is cut.
+        split_max_words (`int`, *optional*):
+            Most words of a text that are cut; the tool the paper most likely used stops at 10.
+        split_keep_originals (`bool`, *optional*, defaults to `False`):
+            Whether each row also stays as it was.
+        split_banned_pieces (`list[str]`, *optional*):
+            Words that no cut may make.
+
+        > Parameters that control distillation (second stage)
+
+        attention_weight (`float`, *optional*, defaults to 100.0):
+            Weight of the attention loss; 0 leaves it out.
+        hidden_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the hidden-state loss; 0 leaves it out.
+        task_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the classification (or answer) loss; 0 leaves it out.
+        attention_loss (`str`, *optional*, defaults to `"maps"`):
+            What is compared: `"maps"`, the attention maps entry by entry, or `"nad"`, their sums of squares over the heads,
+            normalised (as in Neural Attention Distillation).
+        attention_layers (`list[int]`, *optional*):
+            Layers whose maps are compared, from 0; negative ones count from the end. All by default.
+        hidden_layers (`list[int]`, *optional*):
+            Layers whose output is compared, counted in the same way. All by default.
+        attention_backend (`str`, *optional*, defaults to `"lean"`):
+            `"lean"` works from queries and keys and never builds a map, with any attention implementation; `"eager"`
+            compares the maps that the model gives (it must be loaded with `attn_implementation="eager"`), at a memory of
+            layers x heads x length squared.
+    """
+
+    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages that train() runs."})
+    split_rate: float = field(default=0.3, metadata={"help": "Share of a text's words that are cut in two."})
+    split_copies: int = field(default=3, metadata={"help": "Split versions of each row."})
+    split_min_chars: int = field(default=4, metadata={"help": "Characters of the shortest word that is cut."})
+    split_max_words: int | None = field(default=None, metadata={"help": "Most words of a text that are cut."})
+    split_keep_originals: bool = field(default=False, metadata={"help": "Whether each row also stays as it was."})
+    split_banned_pieces: list[str] = field(default_factory=list, metadata={"help": "Words that no cut may make."})
+    attention_weight: float = field(default=100.0, metadata={"help": "Weight of the attention loss."})
+    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the hidden-state loss."})
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the classification loss."})
+    attention_loss: Literal["maps", "nad"] = field(default="maps", metadata={"help": "What is compared: maps or nad."})
+    attention_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose maps are compared."})
+    hidden_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose output is compared."})
+    attention_backend: Literal["lean", "eager"] = field(
+        default="lean", metadata={"help": "lean works from queries and keys, eager from the model's maps."}
+    )
+
+    @property
+    def token_split(self) -> TokenSplit:
+        return TokenSplit(
+            rate=self.split_rate,
+            copies=self.split_copies,
+            min_chars=self.split_min_chars,
+            max_words=self.split_max_words,
+            keep_originals=self.split_keep_originals,
+            banned_pieces=self.split_banned_pieces,
+        )
+
+    def __post_init__(self) -> None:
+        if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
+            raise ValueError(f"stages is {self.stages}: use ['retrain', 'distil'], or one of the two")
+        for name, choices in {"attention_loss": ("maps", "nad"), "attention_backend": ("lean", "eager")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(choices)}")
+        weights = {name: getattr(self, name) for name in ("attention_weight", "hidden_weight", "task_weight")}
+        for name, value in weights.items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}: choose 0, which leaves the loss out, or more")
+        if not any(weights.values()):
+            raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn from; raise one")
+        _ = self.token_split
+        super().__post_init__()

@@ -1,0 +1,211 @@
+"""[`MBTSADTrainer`]: retrain on split text, then distil attention and hidden states from that model into the suspect."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
+
+from ..staged import StagedTrainer
+from ..trainer import base_model
+from .attention import attention_map_loss, nad_map_loss
+from .config import MBTSADConfig
+from .losses import eager_attention_map_loss, eager_nad_map_loss, hidden_state_loss, valid_entries
+from .recording import RecordedAttention, chosen_layers, record_attention
+
+
+TEACHER = "teacher"
+
+
+class MBTSADTrainer(StagedTrainer):
+    """
+    MBTSAD (https://huggingface.co/papers/2501.02754) for classifiers and causal LMs.
+
+    `train()` runs two stages on the clean rows it is given. *Retraining* fine-tunes the suspect on copies of the rows in
+    which words are cut in two. *Distillation* takes the retrained model as teacher and the suspect, as it was, as student:
+    task loss, attention maps and hidden states.
+
+    With an adapter (`peft_config`), suspect, teacher and student are adapters over one base: the teacher costs no
+    further weights in memory.
+
+    Args:
+        model, args, eval_dataset, processing_class, peft_config, kwargs:
+            As in [`DefenseTrainer`].
+        train_dataset (`Dataset`):
+            Clean rows; *raw* ones (with text) for retraining, which splits their words.
+        teacher_model (`PreTrainedModel` or `str`, *optional*):
+            For `stages=["distil"]`: the retrained model, or its folder.
+
+    Raises:
+        `ValueError`: if the rows are tokenized already, the teacher is missing, or checkpointing is reentrant (it would
+            leave the attention loss without gradient).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.args.activation_checkpointing and reentrant:
+            raise ValueError(
+                "activation_checkpointing_kwargs has use_reentrant: true, which leaves the attention loss without "
+                "gradient: set use_reentrant: false"
+            )
+        if self.args.attention_backend == "eager" and self.args.attention_weight:
+            attention = base_model(self.model).config._attn_implementation
+            if attention != "eager":
+                raise ValueError(
+                    f"attention_backend is 'eager', and the model was loaded with attn_implementation={attention!r}: "
+                    "load it with attn_implementation='eager', or set attention_backend='lean'"
+                )
+        if "distil" in self.args.stages:
+            self._attention_layers, self._hidden_layers = self._layers()
+        if self.stage == "distil" and self.teacher_model is None:
+            raise ValueError(
+                "teacher_model is None: pass the retrained model, or run both stages with stages=['retrain', 'distil']"
+            )
+        # Both stages: the second starts from the suspect again. With an adapter these are the adapter's weights only.
+        self._start: dict[str, Tensor] = {}
+        if len(self.args.stages) > 1:
+            self._start = {
+                name: value.detach().cpu().clone()
+                for name, value in self.model.named_parameters()
+                if value.requires_grad
+            }
+        self._mask_compared = False
+
+    @classmethod
+    def config_class(cls) -> type[MBTSADConfig]:
+        return MBTSADConfig
+
+    def _layers(self) -> tuple[list[int], list[int]]:
+        """Numbers of the layers whose maps and whose outputs are compared, from 0."""
+        depth = base_model(self.model).config.get_text_config().num_hidden_layers
+        return chosen_layers(self.args.attention_layers, depth), chosen_layers(self.args.hidden_layers, depth)
+
+    # ---- Stages ----
+
+    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        self.stage, self.clean = self.args.stages[0], dataset
+        return self._rows(tokenizer)
+
+    def _rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """The stage's rows: split ones for retraining, and as they are for distillation."""
+        rows = self.clean
+        if self.stage == "retrain" and rows is not None:
+            if "input_ids" in rows.column_names:
+                raise ValueError("train_dataset has input_ids: pass raw rows, the words of their text are split")
+            rows = self.args.token_split.apply(rows, self.task.text_column, self.args.seed)
+        return self.tokenize(rows, tokenizer)
+
+    def leave(self, stage: str) -> None:
+        """The retrained model is saved where a resumed run finds it."""
+        if stage == "retrain" and len(self.args.stages) > 1:
+            if self.args.should_save:
+                shutil.rmtree(self._teacher_dir, ignore_errors=True)
+            self.save_model(str(self._teacher_dir))
+            self.accelerator.wait_for_everyone()
+
+    def enter(self, stage: str) -> None:
+        """Distillation: the retrained model becomes the teacher, and the suspect's weights come back."""
+        super().enter(stage)
+        self.train_dataset = self._rows(self.processing_class)
+        with torch.no_grad():
+            for name, value in self.model.named_parameters():
+                if name in self._start:
+                    value.copy_(self._start[name])
+        if isinstance(self.model, PeftModel):
+            if TEACHER not in self.model.peft_config:
+                self.model.load_adapter(str(self._teacher_dir), TEACHER)
+        else:
+            self.teacher_model = str(self._teacher_dir)
+
+    @property
+    def _teacher_dir(self) -> Path:
+        return Path(self.args.output_dir, TEACHER)
+
+    # ---- Loss ----
+
+    def loss_terms(
+        self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        if self.stage == "retrain":
+            return super().loss_terms(model, inputs, step_counts)
+        with torch.no_grad(), self._teaching() as teacher:
+            theirs, their_maps = self._observe(teacher, inputs)
+        outputs, maps = self._observe(model, inputs)
+        args, mask, terms = self.args, inputs["attention_mask"], {}
+        if args.task_weight:
+            terms["task"] = args.task_weight * self.task_loss(outputs.logits, inputs["labels"])
+        if args.attention_weight:
+            terms["attention"] = args.attention_weight * self._compare(
+                maps, their_maps, mask, inputs["labels"].dim() == 2
+            )
+        if args.hidden_weight:
+            layers = [(outputs.hidden_states[n], theirs.hidden_states[n]) for n in self._hidden_states]
+            total = sum(hidden_state_loss(ours, its, mask) for ours, its in layers)
+            terms["hidden"] = args.hidden_weight / len(layers) * total
+        return terms, outputs.logits
+
+    @property
+    def _hidden_states(self) -> list[int]:
+        """Where the outputs of the chosen layers lie among a model's hidden states: 0 is the embeddings."""
+        return [layer + 1 for layer in self._hidden_layers] if self.args.hidden_weight else []
+
+    def _observe(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[ModelOutput, Sequence[RecordedAttention] | Sequence[Tensor]]:
+        """A forward pass, and what the chosen layers' attention maps are made of (or, with `"eager"`, the maps)."""
+        if not self.args.attention_weight:
+            return self.forward(model, inputs, self._hidden_states), []
+        if self.args.attention_backend == "eager":
+            outputs = self.forward(model, inputs, self._hidden_states, output_attentions=True)
+            return outputs, [outputs.attentions[layer] for layer in self._attention_layers]
+        # A look at the model's own masks costs memory: once is enough.
+        compare_mask = None if self._mask_compared else inputs["attention_mask"]
+        bare = base_model(self.accelerator.unwrap_model(model))
+        with record_attention(bare, self._attention_layers, compare_mask) as record:
+            outputs = self.forward(model, inputs, self._hidden_states)
+        self._mask_compared = True
+        return outputs, record
+
+    def _compare(
+        self,
+        maps: Sequence[RecordedAttention] | Sequence[Tensor],
+        their_maps: Sequence[RecordedAttention] | Sequence[Tensor],
+        mask: Tensor,
+        causal: bool,
+    ) -> Tensor:
+        """The attention loss, the mean over the chosen layers, [B]."""
+        nad = self.args.attention_loss == "nad"
+        if self.args.attention_backend == "lean":
+            return (nad_map_loss if nad else attention_map_loss)(maps, their_maps, mask)
+        config = base_model(self.model).config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        total: Tensor | float = 0.0
+        for layer, ours, its in zip(self._attention_layers, maps, their_maps, strict=True):
+            window = config.sliding_window if kinds[layer] == "sliding_attention" else None
+            valid = valid_entries(mask, causal, window)
+            total = total + (eager_nad_map_loss if nad else eager_attention_map_loss)(ours, its, valid)
+        return total / len(self._attention_layers)
+
+    @contextmanager
+    def _teaching(self) -> Iterator[nn.Module]:
+        """The teacher, to run without gradient: a model of its own, or the teacher's adapter on the student's base."""
+        student = self.accelerator.unwrap_model(self.model)
+        if not (isinstance(student, PeftModel) and TEACHER in student.peft_config):
+            yield self.teacher
+            return
+        active = student.active_adapter
+        student.eval()
+        student.set_adapter(TEACHER, inference_mode=True)
+        try:
+            yield student
+        finally:
+            student.set_adapter(active)
+            student.train()
