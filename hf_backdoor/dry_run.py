@@ -40,7 +40,7 @@ def describe_run(recipe: Recipe) -> str:
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
         steps, width = stage_size(stage, config, rows, tokenizer)
         parameters = total if stage.rows != "clean" else trained
-        memory = parameters * BYTES_PER_TRAINED_PARAMETER + (total - parameters) * 4
+        memory = parameters * BYTES_PER_TRAINED_PARAMETER + (total - parameters) * 4 + len(stage.inputs) * total * 4
         activations = layers * hidden * ACTIVATIONS_PER_LAYER * config.per_device_train_batch_size * width
         memory += activations * (2 if config.bf16 or config.fp16 else 4)
         lines.append(
@@ -78,9 +78,8 @@ def stage_size(
 ) -> tuple[int, int]:
     """Optimizer steps, and tokens in the longest of the first hundred rows."""
     dataset = rows.of(stage.rows)
-    copies = len(getattr(config, "known_triggers", [])) + 1
     sample = rows.task.tokenize(dataset.select(range(min(100, len(dataset)))), tokenizer)
     width = max(len(ids) for ids in sample["input_ids"])
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps = math.ceil(len(dataset) * copies / batch) * config.num_train_epochs
+    steps = math.ceil(len(dataset) * config.rows_factor / batch) * config.num_train_epochs
     return (config.max_steps if config.max_steps > 0 else math.ceil(steps)), width

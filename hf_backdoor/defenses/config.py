@@ -26,3 +26,8 @@ class DefenseConfig(TrainingArguments):
     prompt_template: str | None = field(
         default=None, metadata={"help": "Prompt of a causal LM that classifies, with {text} in it."}
     )
+
+    @property
+    def rows_factor(self) -> int:
+        """Rows that the first stage trains on for each row it is given."""
+        return 1

@@ -65,6 +65,10 @@ class LocphylaxConfig(DefenseConfig):
     stop_at_known_rate: float = field(default=0.95, metadata={"help": "Known-trigger rate that ends injection."})
     stop_at_known_gap: float = field(default=0.02, metadata={"help": "Accuracy gap that ends recovery."})
 
+    @property
+    def rows_factor(self) -> int:
+        return len(self.known_triggers) + 1
+
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")

@@ -86,6 +86,10 @@ class MBTSADConfig(DefenseConfig):
             banned_pieces=self.split_banned_pieces,
         )
 
+    @property
+    def rows_factor(self) -> int:
+        return self.token_split.factor if self.stages[0] == "retrain" else 1
+
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['retrain', 'distil'], or one of the two")
