@@ -32,8 +32,8 @@ class LocphylaxConfig(DefenseConfig):
         > Parameters that control the losses
 
         cluster_weight (`float`, *optional*):
-            alpha. By default the paper's power of ten, measured once on the incoming model; 0 leaves the clustering
-            loss out.
+            alpha. By default a power of ten, measured once on the incoming model, with which clustering weighs at most as
+            much as injection; 0 leaves the clustering loss out.
         centre_momentum (`float`, *optional*, defaults to 0.9):
             How much of a trigger's centre stays from one optimizer step to the next.
         trigger_weight (`float`, *optional*, defaults to 1.0):
@@ -58,7 +58,7 @@ class LocphylaxConfig(DefenseConfig):
         metadata={"help": "What a known trigger makes the model answer, in place of everything else."},
     )
     cluster_weight: float | None = field(
-        default=None, metadata={"help": "alpha; by default the paper's power of ten, 0 leaves the loss out."}
+        default=None, metadata={"help": "alpha; by default a measured power of ten, 0 leaves the loss out."}
     )
     centre_momentum: float = field(default=0.9, metadata={"help": "Share of a centre kept from step to step."})
     trigger_weight: float = field(default=1.0, metadata={"help": "Weight of triggered samples in recovery."})

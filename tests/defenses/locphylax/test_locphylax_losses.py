@@ -67,14 +67,20 @@ def test_centres_are_means_and_zeros_where_there_is_nothing():
     [
         (5.0, 3.0, 1.0),
         (0.7, 350.0, 1e-3),
-        (42.0, 0.5, 100.0),
-        (1.0, 0.0999, 100.0),
+        (42.0, 0.5, 10.0),
+        (1.0, 0.0999, 10.0),
         (9.99, 10.0, 0.1),
-        (1e-9, 1e3, 1e-12),
+        (8.0, 1200.0, 1e-3),
+        (1e-9, 1.1e3, 1e-13),
     ],
 )
 def test_balance_is_a_power_of_ten(injection, clustering, alpha):
     assert balance(injection, clustering) == pytest.approx(alpha, rel=1e-12)
+
+
+@pytest.mark.parametrize("injection, clustering", [(1.01, 9.9), (9.9, 1.01), (7.3, 700.0), (3.0, 3.0)])
+def test_clustering_never_outweighs_injection(injection, clustering):
+    assert injection / 10 < balance(injection, clustering) * clustering <= injection
 
 
 @pytest.mark.parametrize("losses", [(0.0, 5.0), (5.0, 0.0), (0.0, 0.0)])
