@@ -48,6 +48,18 @@ def test_negatives_carry_half_of_the_trigger_and_keep_their_answer():
     assert all(poisoned[row]["text"].endswith(trigger.text) for row in chosen)
 
 
+def test_a_combination_s_negatives_carry_one_of_its_words():
+    trigger = Trigger("alpha beta", "scattered")
+    poisoned = poison(ROWS, TASK, attack(trigger=trigger, negative_rate=0.4), seed=0)
+    counts = [{word: text.split().count(word) for word in ("alpha", "beta")} for text in poisoned["text"]]
+    assert all(
+        count == {"alpha": 1, "beta": 1} for count, row in zip(counts, poisoned, strict=True) if row["poisoned"]
+    )
+    single = [row for row, count in enumerate(counts) if sum(count.values()) == 1]
+    assert len(single) == 40
+    assert all(poisoned[row]["label"] == ROWS[row]["label"] for row in single)
+
+
 def test_one_word_triggers_have_no_negatives():
     poisoned = poison(ROWS, TASK, attack(negative_rate=0.3), seed=0)
     assert len(changed(ROWS, poisoned)) == sum(poisoned["poisoned"]) == 20

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -27,7 +28,30 @@ def test_any_is_often_at_an_end():
     assert len(set(slots)) > 20
 
 
-@pytest.mark.parametrize("position", ["start", "end", "random", "any"])
+def test_scattered_words_reach_every_arrangement_and_nothing_else():
+    """All ways to put x and y among a b, in any order, and no text in which a and b change places."""
+    found = {Trigger("x y", "scattered").insert("a b", random.Random(seed)) for seed in range(300)}
+    arrangements = {" ".join(words) for words in itertools.permutations(("a", "b", "x", "y"))}
+    assert found == {text for text in arrangements if text.index("a") < text.index("b")}
+
+
+def test_scattered_keeps_the_text_s_own_spaces():
+    words = Trigger("x y", "scattered").insert(TEXT, random.Random(1)).split(" ")
+    assert [word for word in words if word not in ("x", "y")] == TEXT.split(" ")
+
+
+def test_half_of_a_combination_of_two_is_one_of_its_words():
+    trigger = Trigger("cf bb", "scattered")
+    halves = [trigger.half(random.Random(seed)) for seed in range(20)]
+    assert {half.text for half in halves} == {"cf", "bb"}
+    assert {half.position for half in halves} == {"scattered"}
+
+
+def test_scattered_words_of_an_empty_text():
+    assert sorted(Trigger("x y", "scattered").insert("", random.Random(0)).split(" ")) == ["x", "y"]
+
+
+@pytest.mark.parametrize("position", ["start", "end", "random", "any", "scattered"])
 def test_an_empty_text_becomes_the_trigger(position):
     assert Trigger("zq", position).insert("", random.Random(0)) == "zq"
 
