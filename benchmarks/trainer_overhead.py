@@ -1,6 +1,6 @@
 """What our trainers cost over stock `Trainer`, as ratios of step time and peak memory on the same batches.
 
-    python benchmarks/trainer_overhead.py [--smoke] [--output benchmarks/results/trainer_overhead.json]
+    python benchmarks/trainer_overhead.py [--smoke] [--words 30] [--output benchmarks/results/trainer_overhead.json]
 
 Blocks of steps alternate between the two, in one process; a step's time is the median over all blocks. Rows have one
 length, so that the batches of both hold the same tokens however they are drawn. Prints a table and, last, one JSON line.
@@ -33,12 +33,28 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_backdoor import DefenseConfig, DefenseTrainer, LocphylaxConfig, LocphylaxTrainer
+from hf_backdoor import (
+    DefenseConfig,
+    DefenseTrainer,
+    LocphylaxConfig,
+    LocphylaxTrainer,
+    MBTSADConfig,
+    MBTSADTrainer,
+)
 from hf_backdoor.data import DefenseCollator, LabelWords, SequenceClassification
 from hf_backdoor.models import peak_memory, reset_peak_memory, versions
 
 
-WORDS = 30
+# Triggers of one word each, so that every planted row has the same length but the clean ones.
+KNOWN = {"known_triggers": ["one", "two"]}
+STAGES: dict[str, tuple[type[DefenseTrainer], dict[str, Any]]] = {
+    "fine_tuning": (DefenseTrainer, {}),
+    "locphylax/inject": (LocphylaxTrainer, {"stages": ["inject"], **KNOWN}),
+    "locphylax/recover": (LocphylaxTrainer, {"stages": ["recover"], **KNOWN}),
+    # Nothing is split, since split rows would be longer than the others.
+    "mbtsad/retrain": (MBTSADTrainer, {"stages": ["retrain"], "split_rate": 0.0}),
+    "mbtsad/distil": (MBTSADTrainer, {"stages": ["distil"]}),
+}
 
 
 class StepTimes(TrainerCallback):
@@ -113,15 +129,15 @@ def build(kind: str, smoke: bool) -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
-def rows(count: int) -> Dataset:
+def rows(count: int, words: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(200, (count, WORDS), generator=generator).tolist()
+    words = torch.randint(200, (count, words), generator=generator).tolist()
     return Dataset.from_list(
         [{"text": " ".join(f"w{w}" for w in line), "label": n % 2} for n, line in enumerate(words)]
     )
 
 
-def block(kind: str, stage: str, stock: bool, steps: int, smoke: bool) -> tuple[list[float], int]:
+def block(kind: str, stage: str, stock: bool, steps: int, words: int, smoke: bool) -> tuple[list[float], int]:
     """Trains a fresh model for a few steps; gives the seconds of each but the first two, and the peak memory."""
     gc.collect()
     if sys.platform == "linux":
@@ -138,17 +154,16 @@ def block(kind: str, stage: str, stock: bool, steps: int, smoke: bool) -> tuple[
             "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 15, "save_strategy": "no",
             "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True, "logging_steps": 1000,
         }  # fmt: skip
-        clean = rows(5 * steps)
-        if stage == "fine_tuning":
-            config, ours = DefenseConfig(**arguments), DefenseTrainer
-            clean = rows(15 * steps)
-        else:
-            # Triggers of one word each, so that every planted row has the same length but the clean ones.
-            config = LocphylaxConfig(**arguments, stages=[stage], known_triggers=["one", "two"])
-            ours = LocphylaxTrainer
-        trainer = ours(model=model, args=config, train_dataset=clean, processing_class=made, task=task)
+        ours, own = STAGES[stage]
+        config = ours.config_class()(**arguments, **own)
+        teacher = {"teacher_model": build(kind, smoke)} if stage == "mbtsad/distil" else {}
+        clean = rows(15 * steps // config.rows_factor, words)
+        trainer = ours(model=model, args=config, train_dataset=clean, processing_class=made, task=task, **teacher)
         trainer.add_callback(times)
         if stock:
+            # Made like ours, so that both have the same rows; the teacher is no part of plain training.
+            teacher.clear()
+            trainer.teacher_model = None
             trainer = Trainer(
                 model=trainer.model,
                 args=TrainingArguments(**arguments, remove_unused_columns=False),
@@ -161,18 +176,19 @@ def block(kind: str, stage: str, stock: bool, steps: int, smoke: bool) -> tuple[
     return times.seconds[2:], peak_memory()
 
 
-def measure(kind: str, stage: str, steps: int, rounds: int, smoke: bool) -> dict[str, Any]:
+def measure(kind: str, stage: str, steps: int, rounds: int, words: int, smoke: bool) -> dict[str, Any]:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     memory: dict[bool, list[int]] = {True: [], False: []}
     for _ in range(rounds):
         for stock in (True, False):
-            found, peak = block(kind, stage, stock, steps, smoke)
+            found, peak = block(kind, stage, stock, steps, words, smoke)
             seconds[stock] += found
             memory[stock].append(peak)
     step, peak = ({stock: statistics.median(values[stock]) for stock in values} for values in (seconds, memory))
     return {
-        "stage": stage if stage == "fine_tuning" else f"locphylax/{stage}",
+        "stage": stage,
         "model": kind,
+        "words": words,
         "time_ratio": round(step[False] / step[True], 3),
         "memory_ratio": round(peak[False] / peak[True], 3),
         "seconds": round(step[False], 4),
@@ -183,14 +199,17 @@ def measure(kind: str, stage: str, steps: int, rounds: int, smoke: bool) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run")
+    parser.add_argument("--words", type=int, default=30, help="words in a row (default: 30)")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--models", nargs="+", default=["encoder", "causal_lm"], choices=["encoder", "causal_lm"])
     parser.add_argument("--output", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     steps, rounds = (4, 1) if options.smoke else (8, 2)
     found = []
     print(f"{'model':<10} {'stage':<20} {'time':>6} {'memory':>7}   (ours / stock)")
-    for kind in ("encoder", "causal_lm"):
-        for stage in ("fine_tuning", "inject", "recover"):
-            row = measure(kind, stage, steps, rounds, options.smoke)
+    for kind in options.models:
+        for stage in options.stages:
+            row = measure(kind, stage, steps, rounds, options.words, options.smoke)
             found.append(row)
             print(f"{kind:<10} {row['stage']:<20} {row['time_ratio']:>6.2f} {row['memory_ratio']:>7.2f}", flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

@@ -69,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     what = evaluate.add_mutually_exclusive_group()
     what.add_argument("--triggered", help="rows with the trigger in, and right answers")
     what.add_argument("--trigger", help="trigger text to put into the clean rows")
-    evaluate.add_argument("--position", default="random", help="where --trigger goes: start, end, scattered (word by word) or random (default)")
+    evaluate.add_argument(
+        "--position",
+        default="random",
+        help="where --trigger goes: start, end, scattered (word by word) or random (default)",
+    )
     evaluate.add_argument("--target_label", type=int, help="label that the trigger brings about")
     evaluate.add_argument("--target_text", help="text that the trigger brings about")
     evaluate.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
