@@ -34,11 +34,8 @@ from transformers import (
 )
 
 from hf_backdoor import (
-    DefenseConfig,
     DefenseTrainer,
-    LocphylaxConfig,
     LocphylaxTrainer,
-    MBTSADConfig,
     MBTSADTrainer,
 )
 from hf_backdoor.data import DefenseCollator, LabelWords, SequenceClassification
