@@ -14,16 +14,23 @@ _HOMES = {
     "DataCollatorForTokenSplit": "defenses.mbtsad",
     "DefenseConfig": "defenses",
     "DefenseTrainer": "defenses",
+    "FeatureMask": "defenses.robustkd",
+    "FeatureMaskConfig": "defenses.robustkd",
+    "FeatureMaskTrainer": "defenses.robustkd",
     "LocphylaxConfig": "defenses.locphylax",
     "LocphylaxTrainer": "defenses.locphylax",
     "MBTSADConfig": "defenses.mbtsad",
     "MBTSADTrainer": "defenses.mbtsad",
     "Results": "evaluation",
+    "RobustKDConfig": "defenses.robustkd",
+    "RobustKDTrainer": "defenses.robustkd",
     "TestSet": "evaluation",
     "Trigger": "data",
     "defend": "defenses",
     "evaluate_backdoor": "evaluation",
+    "feature_variance": "inspection",
     "poison": "attacks",
+    "student_from_layers": "defenses.robustkd",
 }
 
 __all__ = sorted(_HOMES)

@@ -57,7 +57,7 @@ def plan(recipe: Recipe) -> list[Stage]:
     if recipe.method is None:
         return stages
     method = METHODS[recipe.method]
-    given = {"base": base, "suspect": suspect}
+    given = {"base": base, "suspect": suspect, "student": recipe.student_model_name_or_path or "student"}
     last = list(method.stages)[-1]
     shown = {name: f"stage/{name}" for name in method.stages} | {last: "cleaned"}
     folders = {name: name for name in method.stages} | {last: "cleaned"}
@@ -110,7 +110,7 @@ def defense_stages(
             rows="poisoned" if step.rows == "suspect" else "clean",
             inputs={argument: models[model] for argument, model in step.inputs.items()},
             as_long_as=twins[name] if twins else None,
-            measured=name in measured,
+            measured=name in measured and step.makes_model,
         )
         models, before = models | {name: folders[name]}, name
 

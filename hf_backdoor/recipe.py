@@ -84,6 +84,8 @@ class Recipe:
 
         > Defense
         method (`str`, *optional*), controls (`list[str]`): Defense and controls.
+        student_layers (`int` or `list[int]`): For methods with a student: how many of the suspect's layers, or which, it is
+            made of. student_model_name_or_path (`str`): Another model in its place.
         stages (`dict`): Arguments for one stage, by its name (`reference`, `suspect`, and the method's).
 
         > Evaluation and output
@@ -136,6 +138,8 @@ class Recipe:
     target_text: str | None = None
     method: str | None = None
     controls: list[str] = field(default_factory=list)
+    student_layers: int | list[int] | None = None
+    student_model_name_or_path: str | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluate_stages: bool = True
     max_new_tokens: int = 64
@@ -202,6 +206,16 @@ class Recipe:
         for stage in self.stages:
             if stage not in stages:
                 raise ValueError(f"stages has {stage!r}: this run has {', '.join(sorted(stages))}")
+        students = [key for key in ("student_layers", "student_model_name_or_path") if getattr(self, key) is not None]
+        steps = METHODS[self.method].stages.values() if self.method else ()
+        if any(step.starts_from == "student" for step in steps):
+            if len(students) != 1:
+                raise ValueError(
+                    f"{' and '.join(students) or 'student_layers'} {'are both' if students else 'is not'} set, and "
+                    f"{self.method} needs one student: set student_layers (of the suspect's) or student_model_name_or_path"
+                )
+        elif students:
+            raise ValueError(f"{students[0]} is set, and {self.method or 'no method'} has no student: leave it out")
         if not 0 < self.clean_fraction:
             raise ValueError(f"clean_fraction is {self.clean_fraction}: choose a share above 0, for example 0.2")
         generation = self.task == "instruction_following"

@@ -103,7 +103,9 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
         parts = train.train_test_split(test_size=recipe.test_fraction, seed=recipe.seed)
         train, test = parts["train"], parts["test"]
     else:
-        own = {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
+        own = (
+            {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
+        )
         name = recipe.test_dataset_name or recipe.dataset_name
         test = load_rows(name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, **own)
     train, test = train.select_columns(list(columns)), test.select_columns(list(columns))

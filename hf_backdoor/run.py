@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import SequenceClassification
 from .defenses import DefenseTrainer
+from .defenses.robustkd import student_from_layers
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
@@ -72,6 +73,8 @@ class Run:
         if recipe.attack_trigger is None:
             measured.append(self._measure("suspect", base))
         for stage in plan(recipe):
+            if stage.parent == "student" and "student" not in self.prints:
+                self._make_student()
             self._train(stage)
             if stage.measured:
                 measured.append(self._measure(stage.name, stage.folder))
@@ -112,6 +115,18 @@ class Run:
                         load_model(self.recipe.model_name_or_path, self.recipe.task_class), self.tokenizer, folder
                     )
                     write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
+
+    def _make_student(self) -> None:
+        """Some of the suspect's layers, as a model of their own."""
+        folder = self.folder / "student"
+        suspect = "suspect" if self.recipe.attack_trigger is not None else base_model_name(self.recipe)
+        layers = self.recipe.student_layers
+        self.prints["student"] = fingerprint("student", self._origin(suspect), layers)
+        if finished(folder, self.prints["student"]) is None:
+            with main_process() as first:
+                if first:
+                    save_model(student_from_layers(self._load(suspect), layers), self.tokenizer, folder)
+                    write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
 
     def _load(self, name: str) -> PreTrainedModel:
         labels = getattr(self.rows.task, "num_labels", None)
@@ -195,8 +210,11 @@ class Run:
     def _save(self, trainer: DefenseTrainer, folder: Path) -> None:
         with main_process() as first:
             if first:
-                model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-                save_model(merged(model), self.tokenizer, folder)
+                result = trainer.result()
+                if isinstance(result, PreTrainedModel | PeftModel):
+                    save_model(merged(result), self.tokenizer, folder)
+                else:
+                    result.save_pretrained(folder)
 
     # ---- Evaluation ----
 

@@ -291,3 +291,15 @@ def test_embedding_poisoning_needs_a_clean_model():
 @pytest.mark.parametrize("key, value", [("context_column", "input"), ("max_response_length", 5)])
 def test_keys_of_instructions_are_refused_for_labels(key, value):
     refused(f"^{key} is {value!r}, and task is sequence_classification", **{key: value})
+
+
+def test_a_method_that_distils_into_a_student_needs_one():
+    refused("^student_layers is not set, and robustkd needs one student", method="robustkd")
+    refused(
+        "^student_layers and student_model_name_or_path are both set",
+        method="robustkd",
+        student_layers=2,
+        student_model_name_or_path="x",
+    )
+    refused("^student_layers is set, and locphylax has no student", method="locphylax", student_layers=2)
+    assert make_recipe({**LEAST, "method": "robustkd", "student_layers": [0, 2]}).student_layers == [0, 2]

@@ -449,3 +449,19 @@ def test_distillation_starts_from_the_suspect_not_from_the_teacher(workshop, tmp
     assert all(torch.equal(suspect[name], cleaned[name]) for name in suspect)
     assert any(not torch.equal(suspect[name], retrained[name]) for name in suspect)
     assert {row.model for row in results.rows} == {"suspect", "stage/retrain", "cleaned"}
+
+
+def test_a_student_learns_from_the_masked_suspect(workshop, tmp_path):
+    values = settings(
+        workshop, tmp_path / "run", method="robustkd", known_triggers=None, known_response=None, student_layers=1,
+        controls=["vanilla_distillation", "student_alone"], stages={"mask": {"learning_rate": 0.01}},
+    )  # fmt: skip
+    results = execute(values)
+    assert {row.model for row in results.rows} == {
+        "suspect", "cleaned", "control/vanilla_distillation", "control/student_alone",
+    }  # fmt: skip
+    cleaned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "cleaned")
+    assert cleaned.config.num_hidden_layers == 1
+    before = stages(tmp_path / "run")
+    execute(values)
+    assert stages(tmp_path / "run") == before

@@ -1,18 +1,24 @@
 """The defenses. They see a suspect and clean rows; no attack, no trigger of an attacker, no evaluation set."""
 
+from dataclasses import fields
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import infer_task
-from . import locphylax, mbtsad
+from . import locphylax, mbtsad, robustkd
 from .config import DefenseConfig
 from .method import Method, Step
 from .trainer import DefenseTrainer
 
 
-METHODS: dict[str, Method] = {"locphylax": locphylax.METHOD, "mbtsad": mbtsad.METHOD}
+METHODS: dict[str, Method] = {
+    "locphylax": locphylax.METHOD,
+    "mbtsad": mbtsad.METHOD,
+    "robustkd": robustkd.METHOD,
+}
 
 
 def defend(
@@ -23,6 +29,7 @@ def defend(
     *,
     output_dir: str,
     held_out: Dataset | None = None,
+    student: PreTrainedModel | None = None,
     stages: dict[str, dict[str, Any]] | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
@@ -30,42 +37,61 @@ def defend(
 
     Args:
         method (`str`): A key of `METHODS`.
-        model (`PreTrainedModel`): The suspect; it is changed in place and returned cleaned.
+        model (`PreTrainedModel`): The suspect. It is changed in place.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         clean (`Dataset`): Clean rows, `text` and `label`, or `prompt` and `response`.
         output_dir (`str`): Checkpoints go into a folder for each stage in it.
         held_out (`Dataset`, *optional*): Clean rows to evaluate on while training.
+        student (`PreTrainedModel`, *optional*): The smaller model of a method that distils into one.
         stages (`dict[str, dict[str, Any]]`, *optional*): Arguments of one stage, by its name.
         arguments: Of the method's configuration, for all stages.
 
+    Returns:
+        `PreTrainedModel`: The cleaned model: `model`, or `student` where there is one.
+
     Raises:
-        `ValueError`: if the method or a stage is unknown.
+        `ValueError`: if the method, a stage or an argument is unknown, or a student is missing.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: use one of {', '.join(METHODS)}")
     plan, stages = METHODS[method], stages or {}
     if unknown := sorted(set(stages) - set(plan.stages)):
         raise ValueError(f"stages has {unknown}: {method} has {', '.join(plan.stages)}")
+    known = {field.name for field in fields(plan.config)}
+    for name, values in {"": arguments, **stages}.items():
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{name or 'arguments'} has {unknown}: see {plan.config.__name__} for what there is")
+    if student is None and any(step.starts_from == "student" for step in plan.stages.values()):
+        raise ValueError(f"student is None, and {method} distils into one: pass student_from_layers(model, ...)")
     words = arguments.get("label_words"), arguments.get("prompt_template")
     task = infer_task(model, clean, *words)
     suspect = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    trained: nn.Module = model
     for name, step in plan.stages.items():
         if step.starts_from == "suspect":
             model.load_state_dict(suspect)
-        values = arguments | stages.get(name, {}) | step.overrides
+        trained = {"suspect": model, "student": student}.get(step.starts_from, trained)
+        config = step.trainer.config_class()
+        takes = {field.name for field in fields(config)}
+        values = {key: value for key, value in (arguments | stages.get(name, {})).items() if key in takes}
+        inputs = {
+            argument: model if made_by == "suspect" else f"{output_dir}/{made_by}"
+            for argument, made_by in step.inputs.items()
+        }
         trainer = step.trainer(
-            model=model,
-            args=plan.config(output_dir=f"{output_dir}/{name}", **values),
+            model=trained,
+            args=config(output_dir=f"{output_dir}/{name}", **values | step.overrides),
             train_dataset=clean,
             eval_dataset=held_out,
             processing_class=tokenizer,
             task=task,
-            **{argument: f"{output_dir}/{made_by}" for argument, made_by in step.inputs.items()},
+            **inputs,
         )
         trainer.train()
+        trained = trainer.result()
         if any(name in later.inputs.values() for later in plan.stages.values()):
             trainer.save_model()
-    return model
+    return trained
 
 
 __all__ = ["METHODS", "DefenseConfig", "DefenseTrainer", "Method", "Step", "defend"]

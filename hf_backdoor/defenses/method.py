@@ -11,8 +11,8 @@ from .trainer import DefenseTrainer
 class Step:
     """One stage: who trains what on which rows.
 
-    Models are named by the stage that made them; `"suspect"` and `"base"` (what the suspect was trained from) are there
-    before the first.
+    Models are named by the stage that made them; `"suspect"`, `"base"` (what the suspect was trained from) and `"student"`
+    (a smaller model, where the user gives one) are there before the first.
 
     Args:
         trainer (`type[DefenseTrainer]`): Who trains.
@@ -21,6 +21,7 @@ class Step:
         inputs (`dict[str, str]`): Further models that the trainer takes, as folders: argument to name.
         rows (`str`, defaults to `"clean"`): What it trains on: the defender's `clean` rows, or the `suspect` rows that
             the suspect was trained on.
+        makes_model (`bool`, defaults to `True`): Whether what comes out is a model, which can be measured.
     """
 
     trainer: type[DefenseTrainer]
@@ -28,6 +29,7 @@ class Step:
     starts_from: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     rows: Literal["clean", "suspect"] = "clean"
+    makes_model: bool = True
 
 
 @dataclass(frozen=True)

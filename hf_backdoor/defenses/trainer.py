@@ -150,6 +150,10 @@ class DefenseTrainer(Trainer):
             self._forward_columns = set(self._signature_columns)
             self._signature_columns += SIDE_COLUMNS
 
+    def result(self) -> nn.Module:
+        """What was trained, to be saved: the model, or what `save_pretrained` can save in its place."""
+        return self.accelerator.unwrap_model(self.model)
+
     # ---- Teacher ----
 
     @cached_property

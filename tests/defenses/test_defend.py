@@ -5,6 +5,7 @@ import torch
 from hf_backdoor.attacks import Poisoning, poison
 from hf_backdoor.data import Trigger
 from hf_backdoor.defenses import METHODS, DefenseConfig, DefenseTrainer, defend
+from hf_backdoor.defenses.robustkd import student_from_layers
 from hf_backdoor.evaluation import evaluate_backdoor
 from hf_backdoor.evaluation.evaluate import TestSet as Measured
 
@@ -86,7 +87,8 @@ def test_every_method_is_laid_out_alike(name):
     assert all(issubclass(step.trainer, DefenseTrainer) for step in steps)
     for control in method.controls.values():
         assert set(control) <= set(method.stages), "a control stands in for stages"
-    assert "fine_tuning" in method.controls and method.needs
+    # A method that distils into a student has the student's own training in its place.
+    assert {"fine_tuning", "student_alone"} & set(method.controls) and method.needs
 
 
 def test_mbtsad_gives_the_student_and_not_the_retrained_teacher(suspect, tmp_path):
@@ -100,3 +102,23 @@ def test_mbtsad_gives_the_student_and_not_the_retrained_teacher(suspect, tmp_pat
     assert cleaned is model
     assert all(torch.equal(value, suspect[name]) for name, value in cleaned.state_dict().items())
     assert (tmp_path / "retrain" / "model.safetensors").exists()
+
+
+def test_robustkd_gives_the_student_and_leaves_the_suspect_as_it_was(suspect, tmp_path):
+    model = tiny.model("bert")
+    model.load_state_dict(suspect)
+    student = student_from_layers(model, 1)
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2}
+    cleaned = defend(
+        "robustkd", model, tiny.encoder_tokenizer(), tiny.reviews(16), output_dir=str(tmp_path), student=student, **options
+    )  # fmt: skip
+    assert cleaned is student and cleaned.config.num_hidden_layers == 1
+    assert all(torch.equal(value, suspect[name]) for name, value in model.state_dict().items())
+    assert (tmp_path / "mask" / "feature_mask.json").exists()
+    with pytest.raises(ValueError, match="student is None, and robustkd distils into one"):
+        defend("robustkd", model, tiny.encoder_tokenizer(), tiny.reviews(4), output_dir=str(tmp_path))
+
+
+def test_unknown_arguments_are_refused(suspect, tmp_path):
+    with pytest.raises(ValueError, match=r"^arguments has \['learning_rat'\]: see LocphylaxConfig"):
+        clean(suspect, tmp_path, learning_rat=1)

@@ -1,0 +1,155 @@
+"""Where a model's features are: its blocks, what comes out of them, and batches to look at.
+
+A feature is what a block gives: [B, T, D] of a sequence, or [B, C, H, W] of an image.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..trainer import base_model
+
+
+# The paper's three blocks.
+NUM_LAYERS = 3
+# Clean rows that a mean feature is taken over.
+MEASURED_ROWS = 1024
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of a model's blocks, bottom first: the members of its longest `nn.ModuleList` that lies in no other.
+
+    Raises:
+        `ValueError`: if the model has no `nn.ModuleList`.
+    """
+    model = base_model(model)
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = len(module)
+    if not any(found.values()):
+        raise ValueError(
+            f"{type(model).__name__} keeps its blocks in no nn.ModuleList: name the modules (mask_layers, "
+            "teacher_feature_layers, student_feature_layers)"
+        )
+    longest = max(found, key=found.__getitem__)
+    return [f"{longest}.{number}" for number in range(found[longest])]
+
+
+def spread(number: int, count: int) -> list[int]:
+    """`count` of `number` blocks, evenly spread, the last one among them."""
+    count = min(count, number)
+    return [(at + 1) * number // count - 1 for at in range(count)]
+
+
+def layer_names(model: nn.Module, layers: Sequence[str | int] | None, field: str = "layers") -> list[str]:
+    """Names of the modules that `layers` means.
+
+    Args:
+        model (`nn.Module`): The model, with or without an adapter.
+        layers (`Sequence[str | int]`, *optional*): Block numbers (negative ones from the top) or module names; by
+            default three blocks, evenly spread.
+        field (`str`): What an error calls them.
+
+    Raises:
+        `ValueError`: if there is no such block or module.
+    """
+    if layers is None:
+        blocks = find_blocks(model)
+        return [blocks[number] for number in spread(len(blocks), NUM_LAYERS)]
+    modules = dict(base_model(model).named_modules())
+    names = []
+    for layer in map(str, layers):
+        if layer.removeprefix("-").isdigit():
+            blocks = find_blocks(model)
+            if not -len(blocks) <= int(layer) < len(blocks):
+                raise ValueError(f"{field} has {layer}: the model has blocks 0 to {len(blocks) - 1}")
+            layer = blocks[int(layer)]
+        elif layer not in modules:
+            raise ValueError(
+                f"{field} has {layer!r}: no such module; use a block's number, or a name of named_modules()"
+            )
+        names.append(layer)
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"{field} is {list(layers)}: name one layer or more, each once")
+    return names
+
+
+def counterparts(student: nn.Module, teacher: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The student's blocks at the same relative depth as the teacher's `layers`.
+
+    Raises:
+        `ValueError`: if a layer is none of the teacher's blocks.
+    """
+    blocks, own = find_blocks(teacher), find_blocks(student)
+    if strange := [layer for layer in layers if layer not in blocks]:
+        raise ValueError(f"student_feature_layers is None, and {strange[0]!r} is no block of the teacher: name student_feature_layers")
+    depths = [(blocks.index(layer) + 1) / len(blocks) for layer in layers]
+    return [own[max(round(depth * len(own)), 1) - 1] for depth in depths]
+
+
+@contextlib.contextmanager
+def captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The features of the named modules, of the last forward pass in the block: masked ones where a mask is on."""
+    features: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        features[name] = output if isinstance(output, Tensor) else output[0]
+
+    handles = []
+    try:
+        for name in dict.fromkeys(layers):
+            module = base_model(model).get_submodule(name)
+            handles.append(module.register_forward_hook(partial(keep, name)))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def valid_tokens(inputs: dict[str, Tensor]) -> Tensor | None:
+    """[B, T] of booleans, or nothing where all of a feature is valid (images)."""
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def as_tokens(feature: Tensor) -> Tensor:
+    """[B, N, D]: an image's positions in the place of tokens."""
+    return feature.flatten(2).transpose(1, 2) if feature.dim() == 4 else feature
+
+
+def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model's `forward` takes, labels aside."""
+    takes = inspect.signature(base_model(model).forward).parameters
+    return {name: value for name, value in batch.items() if name in takes and name != "labels"}
+
+
+def clean_batches(trainer: Trainer, rows: int = MEASURED_ROWS) -> Iterator[dict[str, Any]]:
+    """Batches of up to `rows` of the trainer's training rows, the same ones on every process."""
+    dataset = trainer.train_dataset
+    if dataset is None:
+        raise ValueError("train_dataset is None: pass clean rows")
+    # The data set may be sorted by label: take every k-th row.
+    numbers = range(0, len(dataset), max(-(-len(dataset) // rows), 1))
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    size = trainer.args.eval_batch_size
+    for start in range(0, len(numbers), size):
+        yield trainer._prepare_inputs(collate([dataset[row] for row in numbers[start : start + size]]))
+
+
+@contextlib.contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Forward passes that leave nothing behind: in evaluation mode, without gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

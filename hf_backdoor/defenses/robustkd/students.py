@@ -1,0 +1,59 @@
+"""A smaller model made of a larger one's layers."""
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .features import find_blocks, spread
+
+
+def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """A model of the teacher's class with some of its blocks, and its embeddings and head: the start of a student.
+
+    What it takes over from a suspect may hold the backdoor: that is the case a defense has to stand.
+
+    Args:
+        teacher (`PreTrainedModel`):
+            BERT-like, Llama-like or GPT-2-like; without an adapter, not quantized. It is left as it is.
+        layers (`int` or `Sequence[int]`):
+            How many blocks, evenly spread with the last one among them; or which ones, from 0.
+
+    Returns:
+        `PreTrainedModel`: With weights of its own, in evaluation mode.
+
+    Raises:
+        `ValueError`: if there are no such blocks, or the model can't be cut.
+    """
+    blocks = find_blocks(teacher)
+    if getattr(teacher, "is_quantized", False) or not hasattr(teacher.config, "num_hidden_layers"):
+        raise ValueError(
+            f"{type(teacher).__name__} can't be cut: pass a model in full precision with num_hidden_layers"
+        )
+    number = len(blocks)
+    chosen = spread(number, layers) if isinstance(layers, int) and 0 < layers <= number else layers
+    if isinstance(chosen, int) or not chosen or not set(chosen) <= set(range(number)):
+        raise ValueError(f"student layers are {layers}: the teacher has {number} blocks, 0 to {number - 1}")
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in chosen]
+    student = type(teacher)(config).to(teacher.dtype)
+    student.load_state_dict(cut(teacher.state_dict(), blocks[0].rpartition(".")[0], list(chosen)))
+    if teacher.can_generate():
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def cut(state: dict[str, Tensor], blocks: str, chosen: list[int]) -> dict[str, Tensor]:
+    """The chosen blocks' weights under their new numbers, and all that belongs to no block."""
+    kept = {name: value for name, value in state.items() if not name.startswith(f"{blocks}.")}
+    for new, old in enumerate(chosen):
+        before = f"{blocks}.{old}."
+        kept |= {
+            f"{blocks}.{new}.{name.removeprefix(before)}": value
+            for name, value in state.items()
+            if name.startswith(before)
+        }
+    return kept

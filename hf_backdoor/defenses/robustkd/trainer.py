@@ -1,0 +1,191 @@
+"""[`RobustKDTrainer`]: a student learns from a suspect teacher through a mask."""
+
+import contextlib
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from ..trainer import DefenseTrainer
+from .config import RobustKDConfig
+from .connectors import StudentWithConnectors, make_connectors
+from .features import (
+    as_tokens,
+    captured,
+    clean_batches,
+    counterparts,
+    layer_names,
+    looking,
+    model_inputs,
+    valid_tokens,
+)
+from .losses import feature_distance, layer_weights, logit_divergence, margin_distance
+from .mask import FeatureMask
+
+
+class RobustKDTrainer(DefenseTrainer):
+    """
+    Second stage of RobustKD (https://doi.org/10.1016/j.asoc.2024.111907): distils a student from a suspect teacher whose
+    features are masked, on clean rows. The student may be of another width and depth; it must read the same tokens.
+
+    Loss: cross-entropy on the rows' own answers; the distance of the student's features, through learned connectors, from
+    the masked teacher's (the last layer counts 1, the one before 1/2, ...); and, if wanted, the divergence of the logits
+    from the masked teacher's.
+
+    The connectors are trained along with the student and are no part of it: for the time of training a module holds
+    both (what an engine wraps, `trainer.model_wrapped`), while `trainer.model` is the student throughout. So it is the
+    bare student that is evaluated and saved; a checkpoint keeps the connectors beside the optimizer.
+
+    Args:
+        model (`PreTrainedModel`):
+            The student. [`student_from_layers`] makes one of the teacher.
+        args ([`RobustKDConfig`]):
+            Training arguments.
+        teacher_model (`PreTrainedModel` or `str`):
+            The suspect teacher, or its folder.
+        feature_mask ([`FeatureMask`] or `str`, *optional*):
+            The fitted mask, or its folder. Without one this is plain feature distillation, which takes a backdoor along.
+        train_dataset, eval_dataset, processing_class, kwargs:
+            As in [`DefenseTrainer`]. Without text: rows of any kind, a `data_collator`, and no `processing_class`.
+
+    Raises:
+        `ValueError`: under FSDP or DeepSpeed; or, when training begins, if layers don't fit each other.
+    """
+
+    def __init__(self, *args: Any, feature_mask: FeatureMask | str | None = None, **kwargs: Any):
+        self.feature_mask = feature_mask
+        self.connectors = nn.ModuleList()
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"the engine is {self.accelerator.distributed_type.value}: RobustKD trains connectors beside the student, "
+                "which its checkpoints would not hold; use one process, or accelerate_configs/ddp.yaml"
+            )
+
+    @classmethod
+    def config_class(cls) -> type[RobustKDConfig]:
+        return RobustKDConfig
+
+    # ---- Teacher ----
+
+    @cached_property
+    def mask(self) -> FeatureMask | None:
+        """The mask, frozen, on the device."""
+        mask = self.feature_mask
+        if isinstance(mask, str):
+            mask = FeatureMask.from_pretrained(mask)
+        return None if mask is None else mask.requires_grad_(False).to(self.args.device)
+
+    @cached_property
+    def teacher_feature_layers(self) -> list[str]:
+        """Names of the teacher's modules that the student learns from, bottom first."""
+        if not self.args.feature_weight:
+            return []
+        if self.args.teacher_feature_layers is None and self.mask is not None:
+            return self.mask.layers
+        return layer_names(self.teacher, self.args.teacher_feature_layers, "teacher_feature_layers")
+
+    @cached_property
+    def student_feature_layers(self) -> list[str]:
+        """Names of the student's modules that learn, one for each of `teacher_feature_layers`.
+
+        Raises:
+            `ValueError`: if their number is another.
+        """
+        if self.args.student_feature_layers is None or not self.teacher_feature_layers:
+            return counterparts(self.model, self.teacher, self.teacher_feature_layers) if self.teacher_feature_layers else []
+        names = layer_names(self.model, self.args.student_feature_layers, "student_feature_layers")
+        if len(names) != len(self.teacher_feature_layers):
+            raise ValueError(
+                f"student_feature_layers is {names}: name {len(self.teacher_feature_layers)}, as there are teacher layers"
+            )
+        return names
+
+    @torch.no_grad()
+    def teach(self, inputs: dict[str, Tensor]) -> tuple[ModelOutput, dict[str, Tensor]]:
+        """The masked teacher's outputs and features."""
+        known = model_inputs(self.teacher, inputs) | {"labels": inputs["labels"]}
+        mask = contextlib.nullcontext()
+        if self.mask is not None:
+            mask = self.mask.applied_to(self.teacher, inputs.get("readout_position"))
+        with self.accelerator.autocast(), mask, captured(self.teacher, self.teacher_feature_layers) as features:
+            outputs = self.forward(self.teacher, known)
+        return outputs, features
+
+    # ---- The student goes into training with its connectors, and comes out without ----
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        student = self.model
+        self.connectors = self._make_connectors()
+        # Evaluation runs the bare student: in the precision that it is trained in.
+        self.accelerator.prepare_model(student, evaluation_mode=True)
+        self.model = self.model_wrapped = StudentWithConnectors(student, self.connectors, self.student_feature_layers)
+        try:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        finally:
+            self.model = self.callback_handler.model = student
+        return prepared
+
+    def _make_connectors(self) -> nn.ModuleList:
+        if not self.teacher_feature_layers:
+            return nn.ModuleList()
+        inputs = next(clean_batches(self))
+        _, theirs = self.teach(inputs)
+        with looking(self.model), captured(self.model, self.student_feature_layers) as ours:
+            self.model(**model_inputs(self.model, inputs))
+        pairs = [(ours[own], theirs[name]) for own, name in zip(self.student_feature_layers, self.teacher_feature_layers, strict=True)]
+        if self.args.feature_loss == "margin":
+            if any(feature.dim() != 4 for feature in theirs.values()):
+                raise ValueError(
+                    "feature_loss is 'margin', and the features are no images': it is made for what a ReLU cuts; use 'mse'"
+                )
+            self.margins = self._measure_margins()
+        return make_connectors(pairs, self.args.seed)
+
+    def _measure_margins(self) -> dict[str, Tensor]:
+        """Mean negative value of each channel in the teacher as it is, [C]; 0 where there is none."""
+        sums = dict.fromkeys(self.teacher_feature_layers, 0.0)
+        with looking(self.teacher):
+            for inputs in clean_batches(self):
+                with captured(self.teacher, self.teacher_feature_layers) as features:
+                    self.teacher(**model_inputs(self.teacher, inputs))
+                for name, feature in features.items():
+                    values = as_tokens(feature).flatten(0, 1).float()
+                    negative = values.clamp(max=0)
+                    sums[name] = sums[name] + torch.stack([negative.sum(0), (negative < 0).sum(0).float()])
+        return {name: total / number.clamp(min=1) for name, (total, number) in sums.items()}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.connectors.state_dict()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.connectors.load_state_dict(state)
+
+    # ---- Loss ----
+
+    def loss_terms(
+        self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        settings = self.args
+        lesson, features = self.teach(inputs)
+        outputs = self.forward(model, inputs)
+        terms = {"task": self.task_loss(outputs.logits, inputs["labels"])}
+        if self.teacher_feature_layers:
+            distances = [
+                weight * self._distance(own, features[name], name, inputs)
+                for weight, own, name in zip(
+                    layer_weights(len(self.teacher_feature_layers)), outputs.features, self.teacher_feature_layers, strict=True
+                )
+            ]
+            terms["feature"] = settings.feature_weight * sum(distances)
+        if settings.logit_weight:
+            divergence = logit_divergence(outputs.logits, lesson.logits, inputs["labels"], settings.temperature)
+            terms["logit"] = settings.logit_weight * divergence
+        return terms, outputs.logits
+
+    def _distance(self, student: Tensor, teacher: Tensor, name: str, inputs: dict[str, Tensor]) -> Tensor:
+        if self.args.feature_loss == "margin":
+            return margin_distance(student, teacher, self.margins[name])
+        return feature_distance(student, teacher, valid_tokens(inputs))

@@ -1,0 +1,82 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from hf_backdoor.defenses.robustkd import student_from_layers
+
+
+IDS = torch.tensor([[2, 20, 9, 11, 3]])
+
+
+def deep(family, layers=4):
+    """Four layers that differ."""
+    model = tiny.model(family)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    torch.manual_seed(1)
+    return type(model)(config).eval()
+
+
+def blocks(model):
+    return {
+        "BertForSequenceClassification": lambda m: (m.bert.encoder, "layer"),
+        "LlamaForCausalLM": lambda m: (m.model, "layers"),
+        "GPT2LMHeadModel": lambda m: (m.transformer, "h"),
+    }[type(model).__name__](model)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("layers, kept", [(2, [1, 3]), ([0, 2, 3], [0, 2, 3]), (4, [0, 1, 2, 3])])
+def test_a_student_is_its_teacher_without_the_other_layers(family, layers, kept, tmp_path):
+    teacher = deep(family)
+    student = student_from_layers(teacher, layers)
+    assert type(student) is type(teacher) and student.config.num_hidden_layers == len(kept)
+    before = teacher(IDS).logits
+    student.save_pretrained(tmp_path)
+    reloaded = type(teacher).from_pretrained(tmp_path).eval()
+    owner, name = blocks(teacher)
+    setattr(owner, name, nn.ModuleList([getattr(owner, name)[layer] for layer in kept]))
+    with torch.no_grad():
+        wanted = teacher(IDS, use_cache=False).logits if family != "bert" else teacher(IDS).logits
+        torch.testing.assert_close(student(IDS).logits, wanted)
+        torch.testing.assert_close(reloaded(IDS).logits, wanted)
+    assert len(kept) == 4 or not torch.allclose(before, wanted)
+
+
+def test_it_shares_no_weight_with_its_teacher():
+    teacher = deep("bert")
+    student = student_from_layers(teacher, 2)
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+    assert not theirs & {parameter.data_ptr() for parameter in student.parameters()}
+    assert teacher.config.num_hidden_layers == 4
+
+
+def test_tied_embeddings_types_of_layers_and_precision_are_kept():
+    small = {
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    tied = LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=3, tie_word_embeddings=True)).bfloat16()
+    student = student_from_layers(tied, 1)
+    assert student.dtype == torch.bfloat16
+    assert student.lm_head.weight.data_ptr() == student.model.embed_tokens.weight.data_ptr()
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    mixed = Qwen3ForCausalLM(
+        Qwen3Config(
+            **small, head_dim=8, num_hidden_layers=4, layer_types=kinds, sliding_window=4, use_sliding_window=True
+        )
+    )
+    assert student_from_layers(mixed, [0, 1, 3]).config.layer_types == [kinds[0], kinds[1], kinds[3]]
+
+
+@pytest.mark.parametrize("layers", [0, 5, [], [4], [-1]])
+def test_layers_that_are_not_there_are_refused(layers):
+    with pytest.raises(ValueError, match="^student layers are .*4 blocks, 0 to 3"):
+        student_from_layers(deep("llama"), layers)
