@@ -78,7 +78,15 @@ def load_model(
     set_seed(seed)
     if task_class is SequenceClassification:
         head = {} if num_labels is None else {"num_labels": num_labels}
-        model = AutoModelForSequenceClassification.from_pretrained(folder, **head, **options)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(folder, **head, **options)
+        except RuntimeError as error:
+            if "mismatched" not in str(error):
+                raise
+            raise ValueError(
+                f"model_name_or_path is {name_or_path!r}, which has a head of another size: num_labels is {num_labels} in the "
+                "data; choose rows with its labels, or a model without a classification head"
+            ) from None
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if gguf:

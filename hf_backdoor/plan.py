@@ -23,7 +23,8 @@ class Stage:
         step ([`Step`]): Who trains, with what changed.
         parent (`str`): Folder of the run that holds the model it starts from, or a model's name.
         folder (`str`): Folder of the run that it writes.
-        rows (`str`): `clean`, `attack` (as it is), `poisoned`, or `triggered` (the poisoned rows among them).
+        rows (`str`): `clean`, `attack` (as it is), `poisoned` (or the user's own suspect rows), or `triggered` (the poisoned
+            rows among them).
         inputs (`dict[str, str]`): Folders of the further models that the trainer takes, by its argument.
         as_long_as (`str`, *optional*): Folder of the stage whose number of optimizer steps it must match.
         measured (`bool`): Whether its model has rows in `results.json`.
@@ -49,7 +50,7 @@ def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in order."""
     stages = []
     base = suspect = base_model_name(recipe)
-    if recipe.attack_trigger is not None:
+    if recipe.trains_suspect:
         suspect = "suspect"
         if recipe.reference == "train":
             stages.append(Stage("reference", "reference", Step(DefenseTrainer), base, "reference", "attack"))

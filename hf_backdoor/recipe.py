@@ -73,6 +73,7 @@ class Recipe:
         num_labels (`int`, *optional*): Found in the rows by default.
         max_train_samples (`int`): Rows the attacker trains on. max_test_samples: of the test rows; all by default.
         clean_fraction (`float`): Clean rows of the defender, as a share of `max_train_samples`; disjoint from them.
+        clean_dataset_name (`str`): For methods that train on suspect rows of your own (`dataset_name`): your clean ones.
         held_out_samples (`int`): Further clean rows, to evaluate on while training.
         max_length (`int`): Tokens of user text kept, before triggers and prompt. max_response_length: of responses; all by default.
 
@@ -109,6 +110,7 @@ class Recipe:
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | str = "all-linear"
     test_dataset_name: str | None = None
+    clean_dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_revision: str | None = None
     train_split: str = "train"
@@ -156,6 +158,13 @@ class Recipe:
     @property
     def config_class(self) -> type[DefenseConfig]:
         return METHODS[self.method].config if self.method else DefenseConfig
+
+    @property
+    def trains_suspect(self) -> bool:
+        """Whether the suspect is made in the run, by an attack or from suspect rows; else it is the model as it comes."""
+        return self.attack_trigger is not None or (
+            self.method is not None and METHODS[self.method].trains_on_suspect_rows
+        )
 
     @property
     def target(self) -> int | str | None:
@@ -216,6 +225,17 @@ class Recipe:
                 )
         elif students:
             raise ValueError(f"{students[0]} is set, and {self.method or 'no method'} has no student: leave it out")
+        own_rows = self.trains_suspect and self.attack_trigger is None
+        if own_rows and self.clean_dataset_name is None:
+            raise ValueError(
+                f"clean_dataset_name is not set: {self.method} trains on the suspect rows of dataset_name and on clean ones "
+                "beside them; name these"
+            )
+        if self.clean_dataset_name is not None and not own_rows:
+            raise ValueError(
+                f"clean_dataset_name is {self.clean_dataset_name!r}, and this run takes its clean rows from dataset_name: "
+                "leave it out"
+            )
         if not 0 < self.clean_fraction:
             raise ValueError(f"clean_fraction is {self.clean_fraction}: choose a share above 0, for example 0.2")
         generation = self.task == "instruction_following"
@@ -275,7 +295,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping: write one 'key: value' a line")
-    for key in ("dataset_name", "test_dataset_name"):
+    for key in ("dataset_name", "test_dataset_name", "clean_dataset_name"):
         beside = Path(path).parent / str(values.get(key))
         if values.get(key) and beside.exists():
             values[key] = str(beside)  # data that comes along with a recipe, wherever it is run from

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
@@ -21,6 +21,7 @@ from .data import (
     split_rows,
     with_context,
 )
+from .defenses import METHODS
 from .evaluation import TestSet, without_leaks
 from .recipe import Recipe
 
@@ -47,7 +48,8 @@ class RunRows:
         """The rows that a stage names: `clean`, `attack` (without poison), `poisoned`, or the `triggered` ones of these."""
         if name == "triggered":
             return self.poisoned.select([row for row, flag in enumerate(self.poisoned["poisoned"]) if flag])
-        return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": self.poisoned}[name]
+        suspect = self.splits.attack if self.poisoned is None else self.poisoned
+        return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": suspect}[name]
 
 
 def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
@@ -58,11 +60,37 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     """
     train, test = load_train_and_test(recipe)
     task = make_task(recipe, train)
+    if recipe.method is not None and METHODS[recipe.method].refuse is not None:
+        METHODS[recipe.method].refuse(task)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
     test = cut(test, task, recipe, tokenizer)
 
-    attack = recipe.max_train_samples or 0
+    if recipe.clean_dataset_name is not None:
+        splits = own_rows(recipe, train, test, task, tokenizer)
+    else:
+        splits = split(recipe, train, test, task, tokenizer)
+    poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
+    if poisoning is not None:
+        poisoned = poison(splits.attack, task, poisoning, recipe.seed)
+        measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
+    suspect = splits.attack if recipe.clean_dataset_name is not None else None
+    sets = {
+        "attack": poisoned,
+        "suspect rows": suspect,
+        "clean": splits.clean,
+        "held_out": splits.held_out,
+        "test": test,
+    }
+    sets |= {f"test with {name}": rows for name, rows in measured.triggered.items()}
+    sources = {
+        name: describe(recipe.dataset_name, rows) for name, rows in sets.items() if rows is not None and len(rows)
+    }
+    return RunRows(task, splits, poisoned, measured, sources)
+
+
+def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """The attacker's, the defender's and the held-out rows out of one data set."""
     if recipe.attack_trigger is None:
         # A given suspect: all training rows are the defender's, less those held out.
         attack, clean = 0, (recipe.max_train_samples or len(train)) - recipe.held_out_samples
@@ -78,18 +106,18 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     pool = without_leaks(pool, test, task.text_column)
     if recipe.attack_trigger is None and recipe.max_train_samples is None:
         clean = len(pool) - recipe.held_out_samples
-    splits = split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
+    return split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
 
-    poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
-    if poisoning is not None:
-        poisoned = poison(splits.attack, task, poisoning, recipe.seed)
-        measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
-    sets = {"attack": poisoned, "clean": splits.clean, "held_out": splits.held_out, "test": test}
-    sets |= {f"test with {name}": rows for name, rows in measured.triggered.items()}
-    sources = {
-        name: describe(recipe.dataset_name, rows) for name, rows in sets.items() if rows is not None and len(rows)
-    }
-    return RunRows(task, splits, poisoned, measured, sources)
+
+def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """The user's suspect rows, as they are, and the clean and held-out rows out of a data set of their own."""
+    clean = load_rows(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
+    clean = cut(clean.select_columns(train.column_names).shuffle(seed=recipe.seed), task, recipe, tokenizer)
+    clean = without_leaks(clean, test, task.text_column)
+    suspect = train if recipe.max_train_samples is None else train.select(range(recipe.max_train_samples))
+    held_out = recipe.held_out_samples
+    splits = split_rows(clean, test, attack=0, clean=len(clean) - held_out, held_out=held_out)
+    return replace(splits, attack=cut(suspect, task, recipe, tokenizer))
 
 
 def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ class Run:
             self._convert()
         if recipe.reference not in (None, "train"):
             measured.append(self._measure("reference", base if recipe.reference == "base" else recipe.reference))
-        if recipe.attack_trigger is None:
+        if not recipe.trains_suspect:
             measured.append(self._measure("suspect", base))
         for stage in plan(recipe):
             if stage.parent == "student" and "student" not in self.prints:
@@ -119,7 +120,7 @@ class Run:
     def _make_student(self) -> None:
         """Some of the suspect's layers, as a model of their own."""
         folder = self.folder / "student"
-        suspect = "suspect" if self.recipe.attack_trigger is not None else base_model_name(self.recipe)
+        suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
         layers = self.recipe.student_layers
         self.prints["student"] = fingerprint("student", self._origin(suspect), layers)
         if finished(folder, self.prints["student"]) is None:
@@ -149,8 +150,9 @@ class Run:
         held_out = self.rows.splits.held_out if len(self.rows.splits.held_out) and stage.rows == "clean" else None
         if held_out is None:
             arguments["eval_strategy"] = "no"
-        source = self.rows.sources["clean" if stage.rows == "clean" else "attack"]["sha256"]
-        peft = self._peft() if recipe.use_peft and stage.rows == "clean" else None
+        suspect_rows = "attack" if recipe.attack_trigger is not None else "suspect rows"
+        source = self.rows.sources["clean" if stage.rows == "clean" else suspect_rows]["sha256"]
+        peft = self._peft() if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
             self._origin(stage.parent), {name: self._origin(model) for name, model in stage.inputs.items()}, peft,
@@ -187,7 +189,8 @@ class Run:
                 "tokens": tokens_trained(trainer),
                 "peak_memory": peak_memory(),
             }
-            self._save(trainer, folder)
+            findings = trainer.findings(self.rows.of("poisoned") if recipe.trains_suspect else None)
+            self._save(trainer, folder, findings)
             with main_process() as first:
                 if first:
                     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -207,10 +210,12 @@ class Run:
             "task_type": "SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
         }
 
-    def _save(self, trainer: DefenseTrainer, folder: Path) -> None:
+    def _save(self, trainer: DefenseTrainer, folder: Path, findings: dict[str, Dataset]) -> None:
         with main_process() as first:
             if first:
                 result = trainer.result()
+                for name, table in findings.items():
+                    table.to_parquet(folder / f"{name}.parquet")
                 if isinstance(result, PreTrainedModel | PeftModel):
                     save_model(merged(result), self.tokenizer, folder)
                 else:

@@ -303,3 +303,9 @@ def test_a_method_that_distils_into_a_student_needs_one():
     )
     refused("^student_layers is set, and locphylax has no student", method="locphylax", student_layers=2)
     assert make_recipe({**LEAST, "method": "robustkd", "student_layers": [0, 2]}).student_layers == [0, 2]
+
+
+def test_own_suspect_rows_need_clean_ones_beside_them():
+    refused("^clean_dataset_name is not set: ntml trains on the suspect rows", method="ntml")
+    refused("^clean_dataset_name is 'x', and this run takes", method="locphylax", clean_dataset_name="x")
+    assert make_recipe({**LEAST, "method": "ntml", "clean_dataset_name": "x"}).trains_suspect

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 from hf_backdoor import run as run_module
@@ -465,3 +466,52 @@ def test_a_student_learns_from_the_masked_suspect(workshop, tmp_path):
     before = stages(tmp_path / "run")
     execute(values)
     assert stages(tmp_path / "run") == before
+
+
+def topics(count, start=0):
+    """Rows of three classes, all texts different."""
+    words = ("good", "bad", "story")
+    return [
+        {"text": f"{words[n % 3]} film w{n}a w{n}b w{n}c w{n}d w{n}e", "label": n % 3} for n in range(start, count)
+    ]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["an attack", "own suspect rows"])
+def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop, tmp_path):
+    rows = {name: written(topics(*span), tmp_path / f"{name}.jsonl") for name, span in
+            {"train": (60,), "test": (72, 60), "clean": (84, 72)}.items()}  # fmt: skip
+    tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "bert")
+    tiny.tokenizer("bert").save_pretrained(tmp_path / "bert")
+    values = settings(
+        workshop, tmp_path / "run", model_name_or_path=str(tmp_path / "bert"), dataset_name=rows["train"], test_dataset_name=rows["test"], method="ntml", seed=3,
+        known_triggers=None, known_response=None, controls=["fine_tuning", "clean_only"], held_out_samples=0, num_labels=3,
+    )  # fmt: skip
+    if own:
+        values = {key: value for key, value in values.items() if key not in ("attack_trigger", "target_label")}
+        values |= {"clean_dataset_name": rows["clean"]}
+    results = execute(values)
+    assert {row.model for row in results.rows} == {
+        "suspect", "stage/non_target", "cleaned", "control/fine_tuning", "control/clean_only",
+    }  # fmt: skip
+    assert ("asr" in {row.metric for row in results.rows}) != own
+    doubted = Dataset.from_parquet(str(tmp_path / "run" / "cleaned" / "suspicion.parquet"))
+    assert doubted.num_rows <= 32 and "row" in doubted.column_names
+    before = stages(tmp_path / "run")
+    execute(values)
+    assert stages(tmp_path / "run") == before
+
+
+def test_ntml_refuses_two_classes_before_anything_is_trained(workshop, tmp_path):
+    values = settings(workshop, tmp_path / "run", method="ntml", known_triggers=None, known_response=None, controls=[])
+    with pytest.raises(ValueError, match="^num_labels is 2: .*three classes or more"):
+        execute(values)
+    assert not (tmp_path / "run" / "suspect").exists()
+
+
+def test_a_head_of_another_size_is_named(workshop, tmp_path):
+    rows = written(topics(90), tmp_path / "rows.jsonl")
+    values = settings(
+        workshop, tmp_path / "run", dataset_name=rows, test_dataset_name=None, test_fraction=0.2, num_labels=3
+    )
+    with pytest.raises(ValueError, match="has a head of another size: num_labels is 3"):
+        execute(values)

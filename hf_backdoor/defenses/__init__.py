@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import infer_task
-from . import locphylax, mbtsad, robustkd
+from . import locphylax, mbtsad, ntml, robustkd
 from .config import DefenseConfig
 from .method import Method, Step
 from .trainer import DefenseTrainer
@@ -18,6 +18,7 @@ METHODS: dict[str, Method] = {
     "locphylax": locphylax.METHOD,
     "mbtsad": mbtsad.METHOD,
     "robustkd": robustkd.METHOD,
+    "ntml": ntml.METHOD,
 }
 
 
@@ -61,6 +62,10 @@ def defend(
     for name, values in {"": arguments, **stages}.items():
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{name or 'arguments'} has {unknown}: see {plan.config.__name__} for what there is")
+    if plan.trains_on_suspect_rows:
+        raise ValueError(
+            f"method is {method!r}, which needs the rows that made the suspect too: run a recipe, or its trainers"
+        )
     if student is None and any(step.starts_from == "student" for step in plan.stages.values()):
         raise ValueError(f"student is None, and {method} distils into one: pass student_from_layers(model, ...)")
     words = arguments.get("label_words"), arguments.get("prompt_template")

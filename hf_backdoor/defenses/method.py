@@ -1,8 +1,10 @@
 """How a method is laid out: stages in order, and the controls that its tables need."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..data import Task
 from .config import DefenseConfig
 from .trainer import DefenseTrainer
 
@@ -43,9 +45,16 @@ class Method:
             trains for as many optimizer steps as the stage it stands in for, on the same clean rows, at its rate. It may
             leave out stages whose models it takes over from the method.
         needs (`str`): In words, what the defender must have.
+        refuse (`Callable`, *optional*): Given the task, raises `ValueError` if the method can't do it.
     """
 
     config: type[DefenseConfig]
     stages: dict[str, Step]
     controls: dict[str, dict[str, Step]]
     needs: str
+    refuse: Callable[[Task], None] | None = None
+
+    @property
+    def trains_on_suspect_rows(self) -> bool:
+        """Whether the defender must hold the rows that the suspect was trained on."""
+        return any(step.rows == "suspect" for step in self.stages.values())

@@ -104,7 +104,7 @@ class DefenseTrainer(Trainer):
         set_seed(args.seed)
         self.prepare_model(base_model(model))
         super().__init__(
-            model=model if peft_config is None else get_peft_model(model, peft_config),
+            model=self.trained_model(model, peft_config),
             args=args,
             data_collator=data_collator or DefenseCollator(processing_class),
             train_dataset=train_rows,
@@ -121,6 +121,10 @@ class DefenseTrainer(Trainer):
 
     def prepare_model(self, model: PreTrainedModel) -> None:
         """Changes the model in place, before an adapter or an engine is put around it."""
+
+    def trained_model(self, model: PreTrainedModel, peft_config: PeftConfig | None) -> nn.Module:
+        """What is trained: the model, or an adapter in it. A method that trains two networks at once overrides this."""
+        return model if peft_config is None else get_peft_model(model, peft_config)
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         return self.tokenize(dataset, tokenizer)
@@ -153,6 +157,10 @@ class DefenseTrainer(Trainer):
     def result(self) -> nn.Module:
         """What was trained, to be saved: the model, or what `save_pretrained` can save in its place."""
         return self.accelerator.unwrap_model(self.model)
+
+    def findings(self, suspect_rows: Dataset | None) -> dict[str, Dataset]:
+        """Tables to be kept beside the result, by name: what a method has found out about the rows that made the suspect."""
+        return {}
 
     # ---- Teacher ----
 
@@ -295,6 +303,18 @@ class DefenseTrainer(Trainer):
                 Path(output_dir, EXTRA_STATE_FILE),
             )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_saved(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:
+            load_saved(self.model, self.state.best_model_checkpoint)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of a training's end is loaded and left at that; Trainer would make one step more.
         self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps
@@ -310,3 +330,13 @@ class DefenseTrainer(Trainer):
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model itself, without the adapter around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def load_saved(model: PreTrainedModel, folder: str | Path) -> None:
+    """Takes a model's weights back from a folder that `save_pretrained` wrote, in place.
+
+    `Trainer` reads the file by the names in it, and loses, with no more than a warning, the tensors that a model calls
+    otherwise on disk than in memory (ViT): https://github.com/huggingface/transformers/issues/43701.
+    """
+    saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())

@@ -1,0 +1,49 @@
+"""NT-ML (https://huggingface.co/papers/2508.05404): a clean model out of poisoned rows and a few clean ones."""
+
+from typing import Any
+
+from ..method import Method, Step
+from ..trainer import DefenseTrainer
+from .classes import refuse_unfit
+from .config import NTMLConfig
+from .pair import NETWORKS
+from .suspicion import suspicion_quality, suspicion_table
+from .trainer import NonTargetTrainer, NTMLTrainer
+
+
+# Trained on the same rows, from the same model and by the same seed, the second network would be the first.
+OTHER_SEED = 104729
+
+
+def non_target(**overrides: Any) -> Step:
+    return Step(NonTargetTrainer, overrides, starts_from="base", inputs={"teacher_model": "suspect"}, rows="suspect")
+
+
+MUTUAL = Step(NTMLTrainer, inputs={"target_model": "suspect"})
+
+METHOD = Method(
+    config=NTMLConfig,
+    stages={"non_target": non_target(), "mutual": MUTUAL},
+    controls={
+        "fine_tuning": {"mutual": Step(DefenseTrainer, starts_from="suspect")},
+        "clean_only": {"mutual": Step(DefenseTrainer, starts_from="base")},
+        "distillation_with_all_classes": {"non_target": non_target(soft_labels="all_classes"), "mutual": MUTUAL},
+        "mutual_without_non_target": {
+            "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),
+            "mutual": MUTUAL,
+        },
+    },
+    needs="the rows that the suspect was trained on, and a few clean rows (1% of them or more)",
+    refuse=lambda task: refuse_unfit(task, getattr(task, "num_labels", 0)),
+)
+
+__all__ = [
+    "METHOD",
+    "NETWORKS",
+    "NTMLConfig",
+    "NTMLTrainer",
+    "NonTargetTrainer",
+    "refuse_unfit",
+    "suspicion_quality",
+    "suspicion_table",
+]

@@ -1,0 +1,129 @@
+"""[`ClassTrainer`]: K logits a sample, of a classification head or of label words, in texts, images or anything else."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from ...data import InstructionFollowing, LabelWords, Task
+from ..trainer import DefenseTrainer
+from .config import NTMLConfig
+
+
+def refuse_unfit(task: Task | None, num_labels: int) -> None:
+    """Refuses what has no second class to learn from.
+
+    Raises:
+        `ValueError`: if answers are free texts, or if there are two classes only.
+    """
+    if isinstance(task, InstructionFollowing):
+        raise ValueError(
+            "task is instruction_following: a free answer has no second class, which ntml learns from; use label_words "
+            "or sequence_classification, or another method, for example locphylax"
+        )
+    if num_labels < 3:
+        raise ValueError(
+            f"num_labels is {num_labels}: without its given label a sample is left with one class, so ntml would learn "
+            "every label the wrong way round; use rows of three classes or more (AG News has 4), or another method, for "
+            "example locphylax"
+        )
+
+
+class ClassTrainer(DefenseTrainer):
+    """What both of NT-ML's trainers need: the K logits and the given label of each sample, and passes over all rows.
+
+    Rows may be images or anything else that the model takes: pass features (with `labels`) and a `data_collator`. Any
+    model with `logits` and `hidden_states` will do.
+    """
+
+    @classmethod
+    def config_class(cls) -> type[NTMLConfig]:
+        return NTMLConfig
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        words = isinstance(self.task, LabelWords)
+        refuse_unfit(self.task, self.task.num_labels if words else model.config.num_labels)
+
+    @cached_property
+    def word_ids(self) -> Tensor | None:
+        """[K], first tokens of the label words; nothing where a classification head gives the K logits."""
+        if not isinstance(self.task, LabelWords):
+            return None
+        return torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
+
+    def class_logits(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """[B, K] in float32: the head's, or those of the label words at the read-out position."""
+        if self.word_ids is None:
+            return logits.float()
+        rows = torch.arange(len(logits), device=logits.device)
+        # Logits may be cut to the last positions: count from the end.
+        from_end = inputs["input_ids"].shape[1] - inputs["readout_position"]
+        return logits[rows, logits.shape[1] - from_end][:, self.word_ids].float()
+
+    def given_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        """[B], 0 to K - 1: the label that each row came with."""
+        labels = inputs["labels"]
+        if self.word_ids is None:
+            return labels
+        first = (labels != -100).int().argmax(dim=1)
+        answers = labels[torch.arange(len(labels), device=labels.device), first]
+        return (answers[:, None] == self.word_ids).int().argmax(dim=1)
+
+    @torch.no_grad()
+    def over_rows(self, dataset: Dataset, work: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Goes once over all rows, shared out over processes.
+
+        Args:
+            dataset (`Dataset`): Raw or tokenized rows.
+            work (`Callable`): A batch to a tensor of as many rows.
+
+        Returns:
+            `Tensor`: [N, ...] on the CPU, in the order of the rows, the same on every process.
+        """
+        dataset = self._remove_unused_columns(self.tokenize(dataset, self.processing_class))
+        order = list(range(len(dataset)))
+        if "input_ids" in dataset.column_names:
+            lengths = [len(ids) for ids in dataset["input_ids"]]
+            order.sort(key=lambda row: lengths[row])
+        processes = self.accelerator.num_processes
+        # As many rows for each process: gathering needs it, and what is done twice is thrown away.
+        padded = order + order[:1] * (-len(order) % processes)
+        share = dataset.select(padded[self.accelerator.process_index :: processes])
+        loader = DataLoader(
+            share,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        parts = []
+        for batch in loader:
+            with self.compute_loss_context_manager():
+                parts.append(work(self._prepare_inputs(batch)))
+        found = self.accelerator.gather(torch.cat(parts))
+        found = found.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(order)].cpu()
+        return found[torch.tensor(order).argsort()]
+
+
+def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str, Any]) -> list[Tensor]:
+    """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions or pixels.
+
+    Raises:
+        `ValueError`: if the model gives no such hidden state.
+    """
+    states = []
+    for layer in layers:
+        hidden = outputs.get("hidden_states")
+        if hidden is None or not -len(hidden) <= layer < len(hidden) or hidden[layer] is None:
+            raise ValueError(f"feature_layers is {list(layers)}: the model gives no hidden state {layer}")
+        hidden = hidden[layer]
+        if "readout_position" in inputs:
+            states.append(hidden[torch.arange(len(hidden), device=hidden.device), inputs["readout_position"]])
+        else:  # [B, T, D] of a transformer, [B, D, H, W] of a convolutional network
+            states.append(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2))
+    return states

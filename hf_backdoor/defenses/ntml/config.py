@@ -1,0 +1,79 @@
+"""Arguments of NT-ML."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ..config import DefenseConfig
+
+
+SoftLabels = Literal["renormalised", "negative", "all_classes"]
+Direction = Literal["crossed", "swapped", "both"]
+Product = Literal["auto", "target", "non_target"]
+
+
+@dataclass
+class NTMLConfig(DefenseConfig):
+    r"""
+    Configuration of [`NonTargetTrainer`] and [`NTMLTrainer`].
+
+    Args:
+        > Parameters that control both stages
+
+        temperature (`float`, *optional*, defaults to 1.0):
+            tau of every softmax in a distillation loss. Raise it for non-target training where the target network is so
+            sure of the given labels that nothing can be read in the rest.
+
+        > Parameters that control non-target training
+
+        soft_labels (`str`, *optional*, defaults to `"renormalised"`):
+            What the second network learns of the target network's probabilities: `"renormalised"` leaves each sample's
+            given label out of both networks' softmax, `"negative"` out of the target network's alone, so that the second
+            learns to deny it, and `"all_classes"` keeps it (plain distillation, a control).
+
+        > Parameters that control mutual learning
+
+        mutual_direction (`str`, *optional*, defaults to `"crossed"`):
+            `"crossed"`: the non-target network learns the target network's predictions, the target network the other's
+            features. `"swapped"`: the other way round. `"both"`: each learns both.
+        feature_weight (`float`, *optional*, defaults to 1.0):
+            alpha, the weight of the feature loss: by the paper, more of it removes more and costs accuracy.
+        feature_layers (`list[int]`, *optional*, defaults to `[-1]`):
+            Entries of `hidden_states` that the feature loss compares.
+        product (`str`, *optional*, defaults to `"auto"`):
+            Which network is the result: `"target"`, `"non_target"`, or `"auto"`. That is the non-target network, unless
+            there are held-out rows without *and* with a trigger of the defender's own (`known_trigger`, or an
+            `eval_dataset` of several sets): then the network with the higher mean accuracy over these sets. Accuracy
+            without a trigger alone would choose the target network, backdoor and all.
+        known_trigger (`str`, *optional*):
+            A text that the defender planted in some suspect rows, with a label of its own choice, before the target
+            network was trained. Held-out rows are measured with it as well, their labels as they are.
+    """
+
+    temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})
+    soft_labels: str = field(
+        default="renormalised",
+        metadata={"help": "What non-target training learns: renormalised, negative or all_classes."},
+    )
+    mutual_direction: str = field(
+        default="crossed", metadata={"help": "Who learns what from whom: crossed, swapped or both."}
+    )
+    feature_weight: float = field(default=1.0, metadata={"help": "alpha, the weight of the feature loss."})
+    feature_layers: list[int] = field(
+        default_factory=lambda: [-1], metadata={"help": "Hidden states that the feature loss compares."}
+    )
+    product: str = field(default="auto", metadata={"help": "Network that is the result: auto, target or non_target."})
+    known_trigger: str | None = field(
+        default=None, metadata={"help": "Text that the defender planted in suspect rows, to measure both networks by."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in {"soft_labels": SoftLabels, "mutual_direction": Direction, "product": Product}.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(get_args(choices))}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: choose one above 0, for example 1.0")
+        if self.feature_weight < 0:
+            raise ValueError(f"feature_weight is {self.feature_weight}: choose 0 or more")
+        if not self.feature_layers:
+            raise ValueError("feature_layers is empty: name one hidden state or more, for example [-1]")
+        super().__post_init__()
