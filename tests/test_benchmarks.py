@@ -19,6 +19,13 @@ def test_trainer_overhead_prints_a_row_for_each_stage_and_model():
     assert all(row["time_ratio"] > 0 and row["memory_ratio"] > 0 for row in rows)
 
 
+def test_attention_distillation_equals_eager_maps():
+    command = [sys.executable, str(BENCHMARKS / "attention_distillation.py"), "--smoke"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(shown.splitlines()[-1])["rows"]
+    assert rows and all(row["error"] < 1e-5 and row["memory_ratio_to_finetuning"] > 0 for row in rows)
+
+
 def test_the_published_table_is_made_from_the_published_results():
     spec = importlib.util.spec_from_file_location("efficacy", BENCHMARKS / "efficacy.py")
     efficacy = importlib.util.module_from_spec(spec)

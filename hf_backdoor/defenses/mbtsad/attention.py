@@ -21,7 +21,7 @@ from .recording import RecordedAttention
 
 
 # Entries of a block's map, [samples, heads, rows, keys]: in a CPU's cache, and enough to keep a GPU busy.
-CPU_BLOCK_ENTRIES = 2**19
+CPU_BLOCK_ENTRIES = 2**20
 GPU_BLOCK_ENTRIES = 2**23
 
 
@@ -156,17 +156,17 @@ def _layer_difference(
             if gradient:
                 rows = d_query[where]
                 # A key's gradient comes from many blocks: it is added up in float32.
-                columns = torch.zeros_like(tensors[1].transpose(1, 2), dtype=torch.float32)
+                columns = torch.zeros_like(tensors[1].mT, dtype=torch.float32)
             for block in group.blocks:
                 found, d_rows, d_columns = block_difference(
-                    *_part(tensors, block), block.shut, block.real, norms, group.size, gradient
+                    *_part(tensors, block), block.shut, block.real, norms, gradient
                 )
                 sums[group.samples] += found
                 if gradient:
-                    rows[:, :, block.queries] = d_rows.view(group.size, heads, -1, d_rows.shape[-1])
-                    columns[:, :, block.keys] += d_columns
+                    rows[:, :, block.queries] = d_rows
+                    columns[..., block.keys] += d_columns
             if gradient:
-                d_key[where] = columns.transpose(1, 2).reshape(d_key[where].shape)
+                d_key[where] = columns.mT
         if gradient:
             d_query *= student.scaling
     count = (plan.valid_entries(*student.reach) * (1 if nad else heads)).clamp(min=1)
@@ -174,22 +174,21 @@ def _layer_difference(
 
 
 def _by_key_head(layer: RecordedAttention, where: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
-    """A group's scaled queries, [N, G, S, d], and keys, [N, S, d]; N is samples times key heads."""
+    """A group's scaled queries, [samples, H / G, G, S, d], and keys, [samples, H / G, S, d]; a key head has G queries."""
     query, key = layer.query[where], layer.key[where]
     dtype = torch.promote_types(query.dtype, key.dtype)
-    size, heads, length, width = query.shape
     key_heads = key.shape[1]
-    query = (query.to(dtype) * layer.scaling).reshape(size * key_heads, heads // key_heads, length, width)
-    return query, key.to(dtype).reshape(size * key_heads, length, width)
+    query = (query.to(dtype) * layer.scaling).contiguous().unflatten(1, (key_heads, query.shape[1] // key_heads))
+    return query, key.to(dtype).contiguous()
 
 
 def _part(tensors: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
     query, key, teacher_query, teacher_key = tensors
     return (
-        query[:, :, block.queries],
-        key[:, block.keys],
-        teacher_query[:, :, block.queries],
-        teacher_key[:, block.keys],
+        query[..., block.queries, :],
+        key[..., block.keys, :],
+        teacher_query[..., block.queries, :],
+        teacher_key[..., block.keys, :],
     )
 
 
@@ -201,13 +200,14 @@ def _map_norms(tensors: tuple[Tensor, ...], group: Group) -> Tensor:
     products = torch.zeros(group.size, 3, dtype=torch.float64, device=tensors[0].device)
     for block in group.blocks:
         query, key, teacher_query, teacher_key = _part(tensors, block)
-        mine = _nad_map(_probabilities(query, key, block.shut, group.size), block.real)
-        theirs = _nad_map(_probabilities(teacher_query, teacher_key, block.shut, group.size), block.real)
+        mine = _nad_map(_probabilities(query, key, block.shut), block.real)
+        theirs = _nad_map(_probabilities(teacher_query, teacher_key, block.shut), block.real)
         pairs = ((mine, mine), (theirs, theirs), (mine, theirs))
         products += torch.stack([(one * two).sum(dim=2).double().sum(dim=1) for one, two in pairs], dim=1)
     norm, teacher_norm = products[:, 0].sqrt(), products[:, 1].sqrt()
     mine, theirs = norm + NORM_EPSILON, teacher_norm + NORM_EPSILON
-    along = (products[:, 0] / mine - products[:, 2] / theirs) / (norm * mine)
+    # A sample of padding alone has no map.
+    along = (products[:, 0] / mine - products[:, 2] / theirs) / (norm.clamp(min=NORM_EPSILON) * mine)
     return torch.stack([mine, theirs, along], dim=1).float()
 
 
@@ -222,23 +222,21 @@ def _block_difference(
     shut: list[tuple[int, Tensor]],
     real: Tensor | None,
     norms: Tensor | None,
-    samples: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Squared differences of a block, summed for each sample, and half their gradients.
 
     Args:
-        query, teacher_query (`Tensor`): [N, G, R, d], scaled.
-        key, teacher_key (`Tensor`): [N, C, d].
+        query, teacher_query (`Tensor`): [samples, H / G, G, R, d], scaled.
+        key, teacher_key (`Tensor`): [samples, H / G, C, d].
         shut, real: As in [`~blocks.Block`].
         norms (`Tensor`, *optional*): From [`_map_norms`], to compare NAD's maps in place of the probabilities.
-        samples (`int`): N divided by the key heads.
 
     Returns:
-        [samples], [N, G * R, d] (with respect to the scaled query) and [N, d, C].
+        [samples], [samples, H, R, d] (with respect to the scaled query) and [samples, H / G, d, C].
     """
-    probabilities = _probabilities(query, key, shut, samples)
-    other = _probabilities(teacher_query, teacher_key, shut, samples)
+    probabilities = _probabilities(query, key, shut)
+    other = _probabilities(teacher_query, teacher_key, shut)
     if norms is None:
         difference = slope = torch.sub(probabilities, other, out=other)
         # Along rows first, for a long sum in float32 would lose digits.
@@ -254,9 +252,10 @@ def _block_difference(
     # The softmax's backward pass, probabilities * (slope - sum(slope * probabilities)), in the slope's memory.
     slope.mul_(probabilities)
     slope.addcmul_(probabilities, slope.sum(dim=-1, keepdim=True), value=-1)
-    scores = slope.view(len(query), -1, key.shape[1]).to(query.dtype)
-    # The second one transposed, which is the faster product.
-    return sums, scores @ key, query.flatten(1, 2).transpose(1, 2) @ scores
+    scores = slope.to(query.dtype).unflatten(1, query.shape[1:3]).flatten(2, 3)
+    d_query = (scores @ key).unflatten(2, query.shape[2:4]).flatten(1, 2)
+    # Keys' gradient comes transposed, which is the faster product.
+    return sums, d_query, query.flatten(2, 3).mT @ scores
 
 
 @cache
@@ -265,10 +264,10 @@ def _compiled() -> Callable:
     return torch.compile(_block_difference, dynamic=True)
 
 
-def _probabilities(query: Tensor, key: Tensor, shut: list[tuple[int, Tensor]], samples: int) -> Tensor:
+def _probabilities(query: Tensor, key: Tensor, shut: list[tuple[int, Tensor]]) -> Tensor:
     """[samples, H, R, C], in float32."""
-    scores = query.flatten(1, 2) @ key.transpose(1, 2)
-    scores = scores.view(samples, -1, query.shape[2], key.shape[1])
+    scores = query.flatten(2, 3) @ key.mT
+    scores = scores.unflatten(2, query.shape[2:4]).flatten(1, 2)
     for start, entries in shut:
         # Not -inf: a padded query's row is shut altogether, and comes out the same in both models.
         scores[..., start : start + entries.shape[-1]].masked_fill_(entries, torch.finfo(scores.dtype).min)

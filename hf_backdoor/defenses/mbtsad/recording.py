@@ -117,8 +117,8 @@ def record_attention(
         )
 
 
-def chosen_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
-    """Layer numbers from 0, in order, of a model with `depth` layers.
+def chosen_layers(layers: Sequence[int] | None, depth: int, argument: str = "attention_layers") -> list[int]:
+    """Layer numbers from 0, in order, of a model with `depth` layers; `argument` is what they were given as.
 
     Raises:
         `ValueError`: if one lies outside, or there is none.
@@ -127,7 +127,7 @@ def chosen_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
     outside = [number for number in layers if not -depth <= number < depth]
     if outside or not layers:
         raise ValueError(
-            f"attention_layers is {list(layers)}, and the model has {depth}: name at least one from {-depth} to {depth - 1}"
+            f"{argument} is {list(layers)}, and the model has {depth}: name at least one from {-depth} to {depth - 1}"
         )
     return sorted({number % depth for number in layers})
 

@@ -86,7 +86,9 @@ class MBTSADTrainer(StagedTrainer):
     def _layers(self) -> tuple[list[int], list[int]]:
         """Numbers of the layers whose maps and whose outputs are compared, from 0."""
         depth = base_model(self.model).config.get_text_config().num_hidden_layers
-        return chosen_layers(self.args.attention_layers, depth), chosen_layers(self.args.hidden_layers, depth)
+        return chosen_layers(self.args.attention_layers, depth), chosen_layers(
+            self.args.hidden_layers, depth, "hidden_layers"
+        )
 
     # ---- Stages ----
 
@@ -143,9 +145,7 @@ class MBTSADTrainer(StagedTrainer):
         if args.task_weight:
             terms["task"] = args.task_weight * self.task_loss(outputs.logits, inputs["labels"])
         if args.attention_weight:
-            terms["attention"] = args.attention_weight * self._compare(
-                maps, their_maps, mask, inputs["labels"].dim() == 2
-            )
+            terms["attention"] = args.attention_weight * self._compare(maps, their_maps, mask)
         if args.hidden_weight:
             layers = [(outputs.hidden_states[n], theirs.hidden_states[n]) for n in self._hidden_states]
             total = sum(hidden_state_loss(ours, its, mask) for ours, its in layers)
@@ -179,17 +179,19 @@ class MBTSADTrainer(StagedTrainer):
         maps: Sequence[RecordedAttention] | Sequence[Tensor],
         their_maps: Sequence[RecordedAttention] | Sequence[Tensor],
         mask: Tensor,
-        causal: bool,
     ) -> Tensor:
         """The attention loss, the mean over the chosen layers, [B]."""
         nad = self.args.attention_loss == "nad"
         if self.args.attention_backend == "lean":
             return (nad_map_loss if nad else attention_map_loss)(maps, their_maps, mask)
-        config = base_model(self.model).config.get_text_config()
+        student = base_model(self.model)
+        config = student.config.get_text_config()
+        causal = any(getattr(module, "is_causal", False) for module in student.modules())
         kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
         total: Tensor | float = 0.0
         for layer, ours, its in zip(self._attention_layers, maps, their_maps, strict=True):
-            window = config.sliding_window if kinds[layer] == "sliding_attention" else None
+            # Models that look both ways count a window without the token itself (ModernBERT).
+            window = config.sliding_window + (not causal) if kinds[layer] == "sliding_attention" else None
             valid = valid_entries(mask, causal, window)
             total = total + (eager_nad_map_loss if nad else eager_attention_map_loss)(ours, its, valid)
         return total / len(self._attention_layers)

@@ -127,7 +127,10 @@ class RobustKDConfig(FeatureMaskConfig):
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the logits' divergence."})
 
     def __post_init__(self) -> None:
-        self.teacher_feature_layers, self.student_feature_layers = texts(self.teacher_feature_layers), texts(self.student_feature_layers)
+        self.teacher_feature_layers, self.student_feature_layers = (
+            texts(self.teacher_feature_layers),
+            texts(self.student_feature_layers),
+        )
         choose("feature_loss", self.feature_loss, FEATURE_LOSSES)
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: choose a number above 0, for example 2")

@@ -89,7 +89,9 @@ def counterparts(student: nn.Module, teacher: nn.Module, layers: Sequence[str]) 
     """
     blocks, own = find_blocks(teacher), find_blocks(student)
     if strange := [layer for layer in layers if layer not in blocks]:
-        raise ValueError(f"student_feature_layers is None, and {strange[0]!r} is no block of the teacher: name student_feature_layers")
+        raise ValueError(
+            f"student_feature_layers is None, and {strange[0]!r} is no block of the teacher: name student_feature_layers"
+        )
     depths = [(blocks.index(layer) + 1) / len(blocks) for layer in layers]
     return [own[max(round(depth * len(own)), 1) - 1] for depth in depths]
 

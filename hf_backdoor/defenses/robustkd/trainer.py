@@ -95,7 +95,11 @@ class RobustKDTrainer(DefenseTrainer):
             `ValueError`: if their number is another.
         """
         if self.args.student_feature_layers is None or not self.teacher_feature_layers:
-            return counterparts(self.model, self.teacher, self.teacher_feature_layers) if self.teacher_feature_layers else []
+            return (
+                counterparts(self.model, self.teacher, self.teacher_feature_layers)
+                if self.teacher_feature_layers
+                else []
+            )
         names = layer_names(self.model, self.args.student_feature_layers, "student_feature_layers")
         if len(names) != len(self.teacher_feature_layers):
             raise ValueError(
@@ -135,7 +139,10 @@ class RobustKDTrainer(DefenseTrainer):
         _, theirs = self.teach(inputs)
         with looking(self.model), captured(self.model, self.student_feature_layers) as ours:
             self.model(**model_inputs(self.model, inputs))
-        pairs = [(ours[own], theirs[name]) for own, name in zip(self.student_feature_layers, self.teacher_feature_layers, strict=True)]
+        pairs = [
+            (ours[own], theirs[name])
+            for own, name in zip(self.student_feature_layers, self.teacher_feature_layers, strict=True)
+        ]
         if self.args.feature_loss == "margin":
             if any(feature.dim() != 4 for feature in theirs.values()):
                 raise ValueError(
@@ -176,7 +183,10 @@ class RobustKDTrainer(DefenseTrainer):
             distances = [
                 weight * self._distance(own, features[name], name, inputs)
                 for weight, own, name in zip(
-                    layer_weights(len(self.teacher_feature_layers)), outputs.features, self.teacher_feature_layers, strict=True
+                    layer_weights(len(self.teacher_feature_layers)),
+                    outputs.features,
+                    self.teacher_feature_layers,
+                    strict=True,
                 )
             ]
             terms["feature"] = settings.feature_weight * sum(distances)

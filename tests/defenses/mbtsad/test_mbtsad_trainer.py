@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_backdoor.defenses.mbtsad import MBTSADConfig
 
@@ -134,6 +134,25 @@ def test_lean_and_eager_train_alike(build, loss, tmp_path):
         trained[backend] = tiny.parameters(trainer.model), tiny.logged(trainer, "loss/attention")
     assert trained["lean"][1] == pytest.approx(trained["eager"][1], rel=1e-4) and trained["lean"][1][0] > 0
     assert tiny.largest_difference(trained["lean"][0], trained["eager"][0]) < 1e-5
+
+
+def test_a_causal_classifier_is_causal_to_the_eager_reference_too(tmp_path):
+    """Llama with a classification head: one label a row, and causal maps."""
+    config = tiny.model("llama").config
+    config.num_labels = 2
+    logged = {}
+    for backend, implementation in (("lean", "sdpa"), ("eager", "eager")):
+        models = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            models.append(LlamaForSequenceClassification._from_config(config, attn_implementation=implementation))
+        trainer = tiny.trainer(
+            "sequence_classification", "distil", tmp_path, model=models[0], teacher_model=models[1], max_steps=1,
+            attention_backend=backend,
+        )  # fmt: skip
+        trainer.train()
+        logged[backend] = tiny.logged(trainer, "loss/attention")
+    assert logged["lean"] == pytest.approx(logged["eager"], rel=1e-4) and logged["lean"][0] > 0
 
 
 def test_a_student_that_is_its_teacher_has_the_task_loss_only(tmp_path):
