@@ -10,6 +10,7 @@ where it stopped, and weights of a finished cell are deleted. Writes one `result
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -34,10 +35,14 @@ TRIGGERS = {
     ),
 }
 
-# BackdoorLLM brings its own trigger and targets along: its recipes say which.
-GENERATION = {"backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2"}
-
-RECIPES = ["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"]
+RECIPES = {
+    "locphylax": ["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"],
+    "mbtsad": ["sst2_minilm", "sst2_minilm_lwp", "sst2_minilm_ep", "imdb_minilm", "sst2_smollm2"],
+    "robustkd": ["sst2_minilm", "agnews_minilm"],
+    "ntml": ["agnews_minilm", "agnews_smollm2"],
+}
+# BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
+OWN_TRIGGER = ("backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2", "sst2_minilm_lwp", "sst2_minilm_ep")
 
 COLUMNS = {
     "asr": "ASR",
@@ -53,7 +58,7 @@ COLUMNS = {
 def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
     for seed in seeds:
         for recipe in recipes:
-            for trigger in ["own"] if recipe in GENERATION else triggers:
+            for trigger in ["own"] if recipe in OWN_TRIGGER else triggers:
                 yield recipe, trigger, seed
 
 
@@ -63,24 +68,24 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     target = RESULTS / options.method / f"{name}.json"
     if target.exists():
         return
-    data, _, model = recipe.rpartition("_")
+    data, model = re.match("(.+)_(minilm|smollm2)", recipe).groups()
     folder = Path(options.runs, options.method, name)
     overrides = {
         "dataset_name": f"{options.data}/{data.split('_')[0]}", "model_name_or_path": getattr(options, model),
         "output_dir": str(folder), "seed": seed,
     }  # fmt: skip
-    shared = Path(options.runs, options.method, f"{recipe}_reference_{seed}")
+    # The never-poisoned model does not depend on the attack: cells share it.
+    shared = Path(options.runs, options.method, f"{data}_{model}_reference_{seed}")
+    classifies = not data.startswith("backdoorllm")
+    if classifies:
+        overrides |= {"text_column": "text", "reference": str(shared) if shared.is_dir() else "train"}
     if trigger in TRIGGERS:
         text, position = TRIGGERS[trigger]
-        overrides |= {
-            "text_column": "text", "attack_trigger": text, "attack_position": position,
-            "reference": str(shared) if shared.is_dir() else "train",
-        }  # fmt: skip
+        overrides |= {"attack_trigger": text, "attack_position": position}
     flags = [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value))]
     file = HERE.parent / "recipes" / options.method / f"{recipe}.yaml"
     subprocess.run([sys.executable, "-m", "hf_backdoor.run", str(file), *flags], check=True)
-    if trigger in TRIGGERS and not shared.is_dir():
-        # The never-poisoned model does not depend on the trigger: the recipe's other cells take it over.
+    if classifies and not shared.is_dir():
         shutil.copytree(folder / "reference", shared)
     results = Results.load(folder / "results.json")
     # Paths of this machine and thousands of rows of text have no place in the repository.
@@ -131,18 +136,20 @@ def cell(rows: list[Row], model: str, metric: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--method", default="locphylax")
+    parser.add_argument("--method", default="locphylax", choices=list(RECIPES))
     parser.add_argument("--data", default="../shared/data", help="folder with sst2/ and agnews/ as parquet")
     parser.add_argument("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--smollm2", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="names of files in recipes/METHOD/")
+    parser.add_argument("--recipes", nargs="+", help="names of files in recipes/METHOD/; all by default")
     parser.add_argument("--triggers", nargs="+", default=list(TRIGGERS), choices=list(TRIGGERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--runs", default="runs/efficacy")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells that are there")
     options = parser.parse_args()
     if not options.table:
-        for recipe, trigger, seed in cells(options.recipes, options.triggers, options.seeds):
+        for recipe, trigger, seed in cells(
+            options.recipes or RECIPES[options.method], options.triggers, options.seeds
+        ):
             run_cell(recipe, trigger, seed, options)
     (RESULTS / f"{options.method}.md").write_text(table(options.method))
 
