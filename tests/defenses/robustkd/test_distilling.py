@@ -270,7 +270,9 @@ def test_a_student_of_another_width_learns_from_named_layers(tmp_path):
     assert trainer.student_feature_layers == ["bert.encoder.layer.0", "bert.encoder.layer.2"]
     assert [connect[0].weight.shape for connect in trainer.connectors] == [(32, 48), (32, 48)]
     with pytest.raises(ValueError, match="^student_feature_layers is .*name 2"):
-        robust.distilling("sequence_classification", tmp_path, mask=None, **options | {"student_feature_layers": [0]}).train()
+        robust.distilling(
+            "sequence_classification", tmp_path, mask=None, **options | {"student_feature_layers": [0]}
+        ).train()
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
@@ -319,7 +321,12 @@ def test_images(family, loss, tmp_path):
 def test_margins_are_mean_negative_values_of_the_unmasked_teacher(tmp_path):
     teacher = robust.resnet()
     layers = ["resnet.encoder.stages.0.layers.0.layer.1.normalization", "resnet.encoder.stages.1"]
-    options = {"feature_loss": "margin", "max_steps": 1, "teacher_feature_layers": layers, "student_feature_layers": layers}
+    options = {
+        "feature_loss": "margin",
+        "max_steps": 1,
+        "teacher_feature_layers": layers,
+        "student_feature_layers": layers,
+    }
     trainer = RobustKDTrainer(
         model=robust.resnet(seed=1),
         teacher_model=teacher,
