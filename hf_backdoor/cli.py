@@ -125,9 +125,15 @@ def launch_command(name: str) -> list[str]:
 
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
+    from .defenses import METHODS
     from .recipe import make_recipe, parse_overrides, put
     from .run import finish, run
 
+    if options.method in METHODS and METHODS[options.method].trains_on_suspect_rows:
+        raise ValueError(
+            f"method is {options.method!r}, which cleans no model but makes one out of suspect rows: run a recipe, with "
+            "model_name_or_path an unpoisoned base, dataset_name the suspect rows, clean_dataset_name the clean ones"
+        )
     rows = load_rows(options.data)
     task, columns = find_task(options.model, rows.column_names, options.label_words)
     values: dict[str, Any] = {

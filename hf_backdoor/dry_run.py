@@ -39,7 +39,7 @@ def describe_run(recipe: Recipe) -> str:
     for stage in plan(recipe):
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
         steps, width = stage_size(stage, config, rows, tokenizer)
-        parameters = total if stage.rows != "clean" else trained
+        parameters = total if stage.settings in ("reference", "suspect") else trained
         memory = parameters * BYTES_PER_TRAINED_PARAMETER + (total - parameters) * 4 + len(stage.inputs) * total * 4
         activations = layers * hidden * ACTIVATIONS_PER_LAYER * config.per_device_train_batch_size * width
         memory += activations * (2 if config.bf16 or config.fp16 else 4)

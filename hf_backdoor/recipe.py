@@ -183,8 +183,8 @@ class Recipe:
     def arguments(self, stage: str, config: type[DefenseConfig]) -> dict[str, Any]:
         """Training arguments of a stage, as the recipe gives them; a method's own only where the stage takes them."""
         known = {f.name for f in fields(config)}
-        given = {**self.training, **self.stages.get(stage, {})}
-        return {key: value for key, value in given.items() if key in known}
+        own = {key: value for key, value in self.stages.get(stage, {}).items() if key in known}
+        return config.takes(self.training, self.config_class) | own
 
     def columns(self) -> dict[str, str]:
         """New to present names of the columns that the task reads."""
@@ -231,6 +231,13 @@ class Recipe:
                 f"clean_dataset_name is not set: {self.method} trains on the suspect rows of dataset_name and on clean ones "
                 "beside them; name these"
             )
+        if own_rows and self.test_fraction:
+            raise ValueError(
+                f"test_fraction is {self.test_fraction}, which would cut test rows out of the suspect rows: set "
+                "test_dataset_name to clean ones"
+            )
+        if self.attack != "data_poisoning" and self.attack_trigger is None:
+            raise ValueError(f"attack is {self.attack!r} without attack_trigger: set it, or leave attack out")
         if self.clean_dataset_name is not None and not own_rows:
             raise ValueError(
                 f"clean_dataset_name is {self.clean_dataset_name!r}, and this run takes its clean rows from dataset_name: "

@@ -83,8 +83,11 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
         "test": test,
     }
     sets |= {f"test with {name}": rows for name, rows in measured.triggered.items()}
+    own = {"clean": recipe.clean_dataset_name, "held_out": recipe.clean_dataset_name, "test": recipe.test_dataset_name}
     sources = {
-        name: describe(recipe.dataset_name, rows) for name, rows in sets.items() if rows is not None and len(rows)
+        name: describe(own.get(name.partition(" with ")[0]) or recipe.dataset_name, rows)
+        for name, rows in sets.items()
+        if rows is not None and len(rows)
     }
     return RunRows(task, splits, poisoned, measured, sources)
 
@@ -114,6 +117,10 @@ def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenize
     clean = load_rows(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
     clean = cut(clean.select_columns(train.column_names).shuffle(seed=recipe.seed), task, recipe, tokenizer)
     clean = without_leaks(clean, test, task.text_column)
+    if (recipe.max_train_samples or 0) > len(train):
+        raise ValueError(
+            f"max_train_samples is {recipe.max_train_samples}, and there are {len(train)} suspect rows: lower it, or leave it out"
+        )
     suspect = train if recipe.max_train_samples is None else train.select(range(recipe.max_train_samples))
     held_out = recipe.held_out_samples
     splits = split_rows(clean, test, attack=0, clean=len(clean) - held_out, held_out=held_out)

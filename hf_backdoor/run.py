@@ -122,7 +122,7 @@ class Run:
         folder = self.folder / "student"
         suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
         layers = self.recipe.student_layers
-        self.prints["student"] = fingerprint("student", self._origin(suspect), layers)
+        self.prints["student"] = fingerprint("student", self._origin(suspect), layers, self.recipe.dtype)
         if finished(folder, self.prints["student"]) is None:
             with main_process() as first:
                 if first:
@@ -137,7 +137,7 @@ class Run:
             self.recipe.task_class,
             num_labels=head,
             seed=self.recipe.seed,
-            revision=None if name in self.prints else self.recipe.model_revision,
+            revision=self.recipe.model_revision if name == self.recipe.model_name_or_path else None,
             dtype=self.recipe.dtype,
             attn_implementation=self.recipe.attn_implementation,
         )
@@ -155,6 +155,7 @@ class Run:
         peft = self._peft() if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
+            recipe.attn_implementation,
             self._origin(stage.parent), {name: self._origin(model) for name, model in stage.inputs.items()}, peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
         )  # fmt: skip
@@ -171,7 +172,11 @@ class Run:
                 processing_class=self.tokenizer,
                 task=self.rows.task,
                 peft_config=LoraConfig(**peft) if peft else None,
-                **{argument: self._path(name) for argument, name in stage.inputs.items()},
+                **{
+                    # What the run made is loaded when it is needed; a model from elsewhere may have a revision.
+                    argument: self._path(name) if name in self.prints else self._load(name)
+                    for argument, name in stage.inputs.items()
+                },
             )
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 raise ValueError(
@@ -230,7 +235,7 @@ class Run:
         bf16 = bool(recipe.training.get("bf16"))
         print_ = fingerprint(
             name, self._origin(model_name), self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
-            recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed,
+            recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed, recipe.dtype, recipe.attn_implementation,
         )  # fmt: skip
         done = json.loads(file.read_text()) if file.exists() else {}
         if done.get("fingerprint") != print_:

@@ -126,3 +126,18 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_ntml_cleans_no_given_model(classifier, reviews, tmp_path, capsys):
+    arguments = [
+        "clean",
+        str(classifier),
+        "--data",
+        str(reviews),
+        "--output_dir",
+        str(tmp_path / "x"),
+        "--method",
+        "ntml",
+    ]
+    assert main(arguments) == 2
+    assert "which cleans no model but makes one out of suspect rows" in capsys.readouterr().err

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_backdoor.attacks import Poisoning
+from hf_backdoor.attacks import EmbeddingPoisoningConfig, Poisoning
 from hf_backdoor.data import InstructionFollowing, SequenceClassification, Trigger
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
+from hf_backdoor.defenses.robustkd import FeatureMaskConfig, RobustKDConfig
 from hf_backdoor.recipe import REMOVED, load_recipe, make_recipe
 
 
@@ -309,3 +310,21 @@ def test_own_suspect_rows_need_clean_ones_beside_them():
     refused("^clean_dataset_name is not set: ntml trains on the suspect rows", method="ntml")
     refused("^clean_dataset_name is 'x', and this run takes", method="locphylax", clean_dataset_name="x")
     assert make_recipe({**LEAST, "method": "ntml", "clean_dataset_name": "x"}).trains_suspect
+
+
+def test_test_rows_are_not_cut_out_of_suspect_rows():
+    refused(
+        "^test_fraction is 0.2, which would cut test rows", method="ntml", clean_dataset_name="x", test_fraction=0.2
+    )
+    refused("^attack is 'lwp' without attack_trigger", method="ntml", clean_dataset_name="x", attack="lwp")
+
+
+def test_a_stage_s_own_default_stands_against_the_whole_run_s():
+    recipe = make_recipe({**LEAST, "method": "robustkd", "student_layers": 1, "learning_rate": 3e-5, "bf16": True})
+    assert recipe.arguments("mask", FeatureMaskConfig) == {"bf16": True}
+    assert recipe.arguments("distil", RobustKDConfig) == {"bf16": True, "learning_rate": 3e-5}
+    recipe = make_recipe(
+        {**LEAST, **ATTACK, "attack": "ep", "reference": "train", "learning_rate": 3e-5, "optim": "adamw_torch",
+         "stages": {"suspect": {"learning_rate": 0.01}}}
+    )  # fmt: skip
+    assert recipe.arguments("suspect", EmbeddingPoisoningConfig) == {"learning_rate": 0.01}

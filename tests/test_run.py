@@ -494,6 +494,7 @@ def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop
         "suspect", "stage/non_target", "cleaned", "control/fine_tuning", "control/clean_only",
     }  # fmt: skip
     assert ("asr" in {row.metric for row in results.rows}) != own
+    assert results.data["clean"]["source"] == (rows["clean"] if own else rows["train"])
     doubted = Dataset.from_parquet(str(tmp_path / "run" / "cleaned" / "suspicion.parquet"))
     assert doubted.num_rows <= 32 and "row" in doubted.column_names
     before = stages(tmp_path / "run")

@@ -71,6 +71,7 @@ def defend(
     words = arguments.get("label_words"), arguments.get("prompt_template")
     task = infer_task(model, clean, *words)
     suspect = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained: nn.Module = model
     for name, step in plan.stages.items():
         if step.starts_from == "suspect":
@@ -78,7 +79,8 @@ def defend(
         trained = {"suspect": model, "student": student}.get(step.starts_from, trained)
         config = step.trainer.config_class()
         takes = {field.name for field in fields(config)}
-        values = {key: value for key, value in (arguments | stages.get(name, {})).items() if key in takes}
+        own = {key: value for key, value in stages.get(name, {}).items() if key in takes}
+        values = config.takes(arguments, plan.config) | own
         inputs = {
             argument: model if made_by == "suspect" else f"{output_dir}/{made_by}"
             for argument, made_by in step.inputs.items()
@@ -96,6 +98,8 @@ def defend(
         trained = trainer.result()
         if any(name in later.inputs.values() for later in plan.stages.values()):
             trainer.save_model()
+    for parameter in trainable:
+        parameter.requires_grad_(True)  # as a teacher the suspect was frozen
     return trained
 
 

@@ -1,6 +1,7 @@
 """Arguments that all defenses share, on top of `TrainingArguments`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -31,3 +32,11 @@ class DefenseConfig(TrainingArguments):
     def rows_factor(self) -> int:
         """Rows that the first stage trains on for each row it is given."""
         return 1
+
+    @classmethod
+    def takes(cls, arguments: dict[str, Any], usual: "type[DefenseConfig]") -> dict[str, Any]:
+        """What this stage takes of a whole run's arguments: those that it has, less those for which it has a default other
+        than its method's (a mask is fitted at another rate than models are trained)."""
+        defaults = {f.name: f.default for f in fields(usual)}
+        own = {f.name for f in fields(cls) if f.name not in defaults or f.default == defaults[f.name]}
+        return {name: value for name, value in arguments.items() if name in own}

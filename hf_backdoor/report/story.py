@@ -101,6 +101,9 @@ def suspicion(results: Results) -> str:
     if results.recipe.get("attack_trigger"):
         made = f"made from {shown} and " if shown else ""
         return f"The suspect model was {made}poisoned by this run, to measure how well a known backdoor is removed."
+    if results.recipe.get("clean_dataset_name"):
+        start = f"from {shown} " if shown else ""
+        return f"The suspect model was trained {start}by this run, on rows that were suspected of poison."
     model = f"The suspect model{f', {shown},' if shown else ''}"
     return (
         f"{model} was suspected of a backdoor: of answering as an attacker wants whenever a trigger is in its input."

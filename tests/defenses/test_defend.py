@@ -115,6 +115,7 @@ def test_robustkd_gives_the_student_and_leaves_the_suspect_as_it_was(suspect, tm
     assert cleaned is student and cleaned.config.num_hidden_layers == 1
     assert all(torch.equal(value, suspect[name]) for name, value in model.state_dict().items())
     assert (tmp_path / "mask" / "feature_mask.json").exists()
+    assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="student is None, and robustkd distils into one"):
         defend("robustkd", model, tiny.encoder_tokenizer(), tiny.reviews(4), output_dir=str(tmp_path))
 

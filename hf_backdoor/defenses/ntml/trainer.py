@@ -184,6 +184,10 @@ class NTMLTrainer(ClassTrainer):
     ) -> Dataset | dict[str, Dataset] | None:
         """Held-out rows and, if the defender planted a trigger of its own, the same rows with it, labels as they are."""
         known = self.args.known_trigger
+        if known is not None and dataset is None:
+            raise ValueError(
+                f"known_trigger is {known!r} without held-out rows to measure it on: pass an eval_dataset"
+            )
         if known is None or dataset is None:
             return super().prepare_eval(dataset, tokenizer)
         column = None if self.task is None else self.task.text_column

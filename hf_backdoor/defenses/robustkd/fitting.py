@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
@@ -56,8 +57,10 @@ class FeatureMaskTrainer(DefenseTrainer):
         ).to(settings.device)
         # A model in evaluation mode checkpoints nothing, and a mask has nothing to checkpoint.
         settings.activation_checkpointing = settings.gradient_checkpointing = False
+        self._stopper: EarlyStoppingCallback | None = None
         if settings.mask_patience is not None and settings.eval_strategy != "no":
-            self.add_callback(EarlyStoppingCallback(settings.mask_patience))
+            self._stopper = EarlyStoppingCallback(settings.mask_patience)
+            self.add_callback(self._stopper)
 
     @classmethod
     def config_class(cls) -> type[FeatureMaskConfig]:
@@ -91,6 +94,14 @@ class FeatureMaskTrainer(DefenseTrainer):
             return model(self.teacher, inputs.get("readout_position"), **arguments)
 
         return super().forward(masked, inputs, *args, **more)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self._stopper is None else {"waited": torch.tensor(self._stopper.early_stopping_patience_counter)}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self._stopper is not None:
+            self._stopper.early_stopping_patience_counter = int(state["waited"])
+            self.ended = self._stopper.early_stopping_patience_counter >= self._stopper.early_stopping_patience
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.model.save_pretrained(output_dir or self.args.output_dir)
