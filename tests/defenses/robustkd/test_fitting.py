@@ -200,3 +200,18 @@ def test_bad_settings_are_refused(options, line, tmp_path):
 def test_rows_are_needed(tmp_path):
     with pytest.raises(ValueError, match="^train_dataset is None: pass clean rows"):
         robust.fitting("label_words", tmp_path, train_dataset=None)
+
+
+def test_patience_goes_on_where_it_stood(tmp_path):
+    options = {
+        "eval_dataset": tiny.reviews(4, seed=1), "learning_rate": 0.0, "mask_patience": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "max_steps": 9,
+    }  # fmt: skip
+    whole = robust.fitting("sequence_classification", tmp_path, **options)
+    whole.train()
+    ended = whole.state.global_step
+    assert ended < 9
+    for step in range(1, ended + 1):
+        resumed = robust.fitting("sequence_classification", tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.global_step == ended
