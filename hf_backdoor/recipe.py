@@ -182,9 +182,7 @@ class Recipe:
 
     def arguments(self, stage: str, config: type[DefenseConfig]) -> dict[str, Any]:
         """Training arguments of a stage, as the recipe gives them; a method's own only where the stage takes them."""
-        known = {f.name for f in fields(config)}
-        own = {key: value for key, value in self.stages.get(stage, {}).items() if key in known}
-        return config.takes(self.training, self.config_class) | own
+        return config.takes(self.training, self.stages.get(stage, {}), self.config_class)
 
     def columns(self) -> dict[str, str]:
         """New to present names of the columns that the task reads."""

@@ -78,9 +78,7 @@ def defend(
             model.load_state_dict(suspect)
         trained = {"suspect": model, "student": student}.get(step.starts_from, trained)
         config = step.trainer.config_class()
-        takes = {field.name for field in fields(config)}
-        own = {key: value for key, value in stages.get(name, {}).items() if key in takes}
-        values = config.takes(arguments, plan.config) | own
+        values = config.takes(arguments, stages.get(name, {}), plan.config)
         inputs = {
             argument: model if made_by == "suspect" else f"{output_dir}/{made_by}"
             for argument, made_by in step.inputs.items()

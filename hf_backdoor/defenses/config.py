@@ -34,9 +34,10 @@ class DefenseConfig(TrainingArguments):
         return 1
 
     @classmethod
-    def takes(cls, arguments: dict[str, Any], usual: "type[DefenseConfig]") -> dict[str, Any]:
-        """What this stage takes of a whole run's arguments: those that it has, less those for which it has a default other
+    def takes(cls, arguments: dict[str, Any], stage: dict[str, Any], usual: "type[DefenseConfig]") -> dict[str, Any]:
+        """What a stage takes of the arguments it has: its own, and of the whole run's those for which it has no default other
         than its method's (a mask is fitted at another rate than models are trained)."""
         defaults = {f.name: f.default for f in fields(usual)}
-        own = {f.name for f in fields(cls) if f.name not in defaults or f.default == defaults[f.name]}
-        return {name: value for name, value in arguments.items() if name in own}
+        known = {f.name: f.name not in defaults or f.default == defaults[f.name] for f in fields(cls)}
+        shared = {name: value for name, value in arguments.items() if known.get(name)}
+        return shared | {name: value for name, value in stage.items() if name in known}

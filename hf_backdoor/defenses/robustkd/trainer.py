@@ -94,12 +94,10 @@ class RobustKDTrainer(DefenseTrainer):
         Raises:
             `ValueError`: if their number is another.
         """
-        if self.args.student_feature_layers is None or not self.teacher_feature_layers:
-            return (
-                counterparts(self.model, self.teacher, self.teacher_feature_layers)
-                if self.teacher_feature_layers
-                else []
-            )
+        if not self.teacher_feature_layers:
+            return []
+        if self.args.student_feature_layers is None:
+            return counterparts(self.model, self.teacher, self.teacher_feature_layers)
         names = layer_names(self.model, self.args.student_feature_layers, "student_feature_layers")
         if len(names) != len(self.teacher_feature_layers):
             raise ValueError(
