@@ -126,7 +126,7 @@ def launch_command(name: str) -> list[str]:
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
     from .defenses import METHODS
-    from .recipe import make_recipe, parse_overrides, put
+    from .recipe_file import make_recipe, parse_overrides, put
     from .run import finish, run
 
     if options.method in METHODS and METHODS[options.method].trains_on_suspect_rows:

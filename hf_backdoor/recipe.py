@@ -1,13 +1,8 @@
-"""A recipe: one flat YAML file that says everything about a run, and the checks that refuse a wrong one early."""
+"""A recipe: one flat YAML file that says everything about a run, and the settings that contradict each other."""
 
-import difflib
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-import yaml
-from huggingface_hub.dataclasses import type_validator
 
 from .attacks import Poisoning
 from .data import InstructionFollowing, LabelWords, SequenceClassification, Task, Trigger
@@ -21,32 +16,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 ATTACKS = ("data_poisoning", "lwp", "ep")
-
-# Arguments of old recipes that transformers 5 took away, and what to write now (its MIGRATION_GUIDE_V5.md).
-REMOVED = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",
-    "overwrite_output_dir": "nothing: a finished stage is kept, delete its folder to run it again",
-    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "no_cuda": "use_cpu",
-    "use_mps_device": "nothing: the device is found",
-    "save_safetensors": "nothing: weights are always safetensors",
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "include_inputs_for_metrics": "include_for_metrics",
-    "push_to_hub_token": "hub_token",
-    "push_to_hub_model_id": "hub_model_id",
-    "torch_dtype": "dtype",
-    "load_in_4bit": "a quantized checkpoint",
-    "fp16_backend": "nothing: it has no effect any more",
-    "tokenizer": "nothing: the tokenizer is the model's",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-}
-
-# Arguments of TrainingArguments that a run decides for itself.
-RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
 
 
 @dataclass
@@ -277,124 +246,6 @@ class Recipe:
         _ = self.poisoning
 
 
-def choose(recipe: Recipe, key: str, allowed: typing.Iterable[str]) -> None:
+def choose(recipe: Recipe, key: str, allowed: Iterable[str]) -> None:
     if getattr(recipe, key) not in allowed:
         raise ValueError(f"{key} is {getattr(recipe, key)!r}: use one of {', '.join(allowed)}")
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a YAML recipe, puts command-line overrides over it, and checks every key and value.
-
-    Args:
-        path (`str` or `Path`): The file.
-        overrides (`list[str]`, *optional*): `["--seed", "1", "--stages.inject.learning_rate=1e-5"]`.
-
-    Raises:
-        `ValueError`: with one line that names the key, the value and the fix.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; `hf-backdoor recipes` lists the shipped ones") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping: write one 'key: value' a line")
-    for key in ("dataset_name", "test_dataset_name", "clean_dataset_name"):
-        beside = Path(path).parent / str(values.get(key))
-        if values.get(key) and beside.exists():
-            values[key] = str(beside)  # data that comes along with a recipe, wherever it is run from
-    for key, value in parse_overrides(overrides or []).items():
-        put(values, key, value)
-    return make_recipe(values)
-
-
-def make_recipe(values: dict[str, Any]) -> Recipe:
-    """Checks the keys and types of a flat mapping, and makes a [`Recipe`] of it."""
-    own = typing.get_type_hints(Recipe)
-    own.pop("training")
-    method = values.get("method")
-    config = METHODS[method].config if method in METHODS else DefenseConfig
-    training = {
-        k: v for k, v in typing.get_type_hints(config).items() if k not in own and k not in RESERVED and k[0] != "_"
-    }
-    known: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in own:
-            known[key] = checked(key, value, own[key])
-        else:
-            extra[key] = checked_training(key, value, training, [*own, *training])
-    for stage, settings in known.get("stages", {}).items():
-        if not isinstance(settings, dict):
-            raise ValueError(f"stages.{stage} is {settings!r}: write its arguments as 'key: value'")
-        known["stages"][stage] = {
-            key: checked_training(key, value, training, list(training), f"stages.{stage}.")
-            for key, value in settings.items()
-        }
-    for key in ("model_name_or_path", "task", "dataset_name", "output_dir"):
-        if known.get(key) is None:
-            raise ValueError(f"{key} is missing: every recipe names it")
-    recipe = Recipe(**known, training=extra)
-    recipe.check()
-    return recipe
-
-
-def checked_training(key: str, value: Any, hints: dict[str, Any], known: list[str], prefix: str = "") -> Any:
-    if key in REMOVED:
-        raise ValueError(f"{prefix}{key} is {value!r}: transformers 5 has no {key}; use {REMOVED[key]}")
-    if key in hints:
-        return checked(prefix + key, value, hints[key])
-    near = difflib.get_close_matches(str(key), known, 1)
-    raise ValueError(
-        f"{prefix}{key} is unknown{f', did you mean {near[0]}?' if near else ': see `hf-backdoor run --help`'}"
-    )
-
-
-def checked(key: str, value: Any, hint: Any) -> Any:
-    """The value in the field's type. `1e-4` is text in YAML 1.1 and `1` a whole number: both are good floats."""
-    allowed = typing.get_args(hint) or (hint,)
-    if float in allowed and not isinstance(value, bool):
-        try:
-            value = float(value) if isinstance(value, int | str) else value
-        except ValueError:
-            pass
-    if list[str] in allowed and isinstance(value, list):
-        value = [item if isinstance(item, str) else str(item) for item in value]
-    try:
-        type_validator(key, value, hint)
-    except Exception as error:
-        name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-        raise ValueError(f"{key} is {value!r} ({type(value).__name__}): it must be {name}") from error
-    return value
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs; values are read as YAML, so that `3`, `true` and `[a, b]` keep their types."""
-    found: dict[str, Any] = {}
-    items = iter(arguments)
-    for item in items:
-        if not item.startswith("--"):
-            raise ValueError(f"{item!r} stands alone: write overrides as --key value")
-        key, equals, text = item[2:].partition("=")
-        if not equals:
-            text = next(items, None)
-            if text is None:
-                raise ValueError(f"--{key} has no value: write --{key} value")
-        try:
-            found[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--{key} {text!r} is no YAML: put it in quotes") from None
-    return found
-
-
-def put(values: dict[str, Any], key: str, value: Any) -> None:
-    """`stages.inject.learning_rate` reaches into the mapping."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise ValueError(f"{key} reaches into {parent}, which is {values!r}: only stages have keys below them")
-    values[last] = value

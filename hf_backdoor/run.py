@@ -32,7 +32,8 @@ from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
 from .models import load_model, load_tokenizer, merged, peak_memory, reset_peak_memory, save_model, versions
 from .plan import Stage, base_model_name, plan, stage_arguments, training_config
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
+from .recipe_file import load_recipe
 from .report import write_report
 from .report.hub import publish
 from .report.tables import examples_text, text_table

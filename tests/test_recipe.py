@@ -8,7 +8,7 @@ from hf_backdoor.attacks import EmbeddingPoisoningConfig, Poisoning
 from hf_backdoor.data import InstructionFollowing, SequenceClassification, Trigger
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
 from hf_backdoor.defenses.robustkd import FeatureMaskConfig, RobustKDConfig
-from hf_backdoor.recipe import REMOVED, load_recipe, make_recipe
+from hf_backdoor.recipe_file import REMOVED, load_recipe, make_recipe
 
 
 LEAST = {

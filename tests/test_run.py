@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_backdoor import run as run_module
 from hf_backdoor.evaluation import Results
-from hf_backdoor.recipe import make_recipe
+from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.rows import prepare_rows
 from hf_backdoor.run import Run, main
 
