@@ -72,7 +72,7 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
         splits = split(recipe, train, test, task, tokenizer)
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
     if poisoning is not None:
-        poisoned = poison(splits.attack, task, poisoning, recipe.seed)
+        poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
         measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
     suspect = splits.attack if recipe.clean_dataset_name is not None else None
     sets = {
@@ -94,22 +94,30 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
 
 def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Splits:
     """The attacker's, the defender's and the held-out rows out of one data set."""
-    if recipe.attack_trigger is None:
-        # A given suspect: all training rows are the defender's, less those held out.
-        attack, clean = 0, (recipe.max_train_samples or len(train)) - recipe.held_out_samples
-    else:
-        share = 1 + recipe.clean_fraction
-        attack = recipe.max_train_samples or int((len(train) - recipe.held_out_samples) / share)
-        clean = round(recipe.clean_fraction * attack)
+    attack, clean = counts(recipe, len(train))
     wanted = attack + clean + recipe.held_out_samples
     # A few rows more than wanted stand in for those that leak into the test rows.
     pool = train.shuffle(seed=recipe.seed)
-    pool = pool.select(range(min(len(pool), wanted + wanted // 4 + 100)))
+    pool = pool.select(range(min(len(pool), with_spares(wanted))))
     pool = cut(pool, task, recipe, tokenizer)
     pool = without_leaks(pool, test, task.text_column)
     if recipe.attack_trigger is None and recipe.max_train_samples is None:
         clean = len(pool) - recipe.held_out_samples
     return split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
+
+
+def counts(recipe: Recipe, available: int) -> tuple[int, int]:
+    """Rows of the attacker, and clean rows of the defender, out of those that there are (before leaks are taken out)."""
+    if recipe.attack_trigger is None:
+        # A given suspect: all training rows are the defender's, less those held out.
+        return 0, (recipe.max_train_samples or available) - recipe.held_out_samples
+    share = 1 + recipe.clean_fraction
+    attack = recipe.max_train_samples or int((available - recipe.held_out_samples) / share)
+    return attack, round(recipe.clean_fraction * attack)
+
+
+def with_spares(wanted: int) -> int:
+    return wanted + wanted // 4 + 100
 
 
 def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Splits:
@@ -128,11 +136,15 @@ def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenize
 
 
 def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """All training and test rows that the recipe asks for, with the columns of its task and no others."""
+    """All training and test rows (of a stream, as many as are needed), with the columns of the recipe's task and no others."""
     columns = recipe.columns()
+    train_rows = test_rows = None
+    if recipe.streaming:
+        train_rows = with_spares(sum(counts(recipe, 0)) + recipe.held_out_samples)
+        test_rows = recipe.max_test_samples
     train = load_rows(
         recipe.dataset_name, split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
-        columns=columns, where=recipe.row_filter,
+        columns=columns, where=recipe.row_filter, take=train_rows, seed=recipe.seed,
     )  # fmt: skip
     if recipe.test_fraction:
         parts = train.train_test_split(test_size=recipe.test_fraction, seed=recipe.seed)
@@ -142,19 +154,26 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
             {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
         )
         name = recipe.test_dataset_name or recipe.dataset_name
-        test = load_rows(name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, **own)
+        test = load_rows(
+            name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, take=test_rows, seed=recipe.seed, **own
+        )  # fmt: skip
     train, test = train.select_columns(list(columns)), test.select_columns(list(columns))
     if recipe.context_column:
-        train, test = (with_context(rows, "prompt", "context") for rows in (train, test))
+        train, test = (with_context(rows, "prompt", "context", num_proc_of(recipe)) for rows in (train, test))
     return train, test
 
 
 def cut(rows: Dataset, task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows no longer than the recipe allows."""
-    rows = shorten(rows, task.text_column, tokenizer, recipe.max_length)
+    rows = shorten(rows, task.text_column, tokenizer, recipe.max_length, num_proc_of(recipe))
     if recipe.max_response_length is not None:
-        rows = shorten(rows, task.answer_column, tokenizer, recipe.max_response_length)
+        rows = shorten(rows, task.answer_column, tokenizer, recipe.max_response_length, num_proc_of(recipe))
     return rows
+
+
+def num_proc_of(recipe: Recipe) -> int | None:
+    """Processes that prepare rows: an argument of the trainers too."""
+    return recipe.training.get("dataset_num_proc")
 
 
 def make_task(recipe: Recipe, rows: Dataset) -> Task:

@@ -72,6 +72,7 @@ class EmbeddingPoisoningTrainer(DefenseTrainer):
     """
 
     args: EmbeddingPoisoningConfig
+    takes_streams = False  # all rows are searched for the trigger
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

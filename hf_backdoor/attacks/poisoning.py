@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from ..data import Task, Trigger, row_rng
+from ..data import Task, Trigger, map_rows, row_rng
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Poisoning:
             raise ValueError(f"poison_style is {self.style!r}: use 'dirty_label' or 'clean_label'")
 
 
-def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int) -> Dataset:
+def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int, num_proc: int | None = None) -> Dataset:
     """Replaces a seeded choice of rows by poisoned ones.
 
     Returns:
@@ -83,4 +83,4 @@ def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int) -> Datase
             row[task.answer_column] = attack.target
         return {**row, "poisoned": index in chosen}
 
-    return dataset.map(change, with_indices=True, desc="Poisoning", keep_in_memory=True)
+    return map_rows(dataset, change, with_indices=True, desc="Poisoning", num_proc=num_proc)

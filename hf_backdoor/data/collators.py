@@ -13,10 +13,12 @@
 A causal LM's answers end at the last column, so the head runs on A + 1 positions (`logits_to_keep`), never on T.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
@@ -30,9 +32,12 @@ class DefenseCollator:
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             Gives the padding token; the end-of-sequence token stands in where it has none.
+        pad_to_multiple_of (`int`, *optional*):
+            Rounds T up, with padding.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         causal = "prompt_length" in features[0]
@@ -43,7 +48,8 @@ class DefenseCollator:
     def _classification(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = [{name: feature[name] for name in names if name in feature} for feature in features]
-        batch = dict(self.tokenizer.pad(inputs, padding=True, padding_side="right", return_tensors="pt"))
+        padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
+        batch = dict(self.tokenizer.pad(inputs, **padding, return_tensors="pt"))
         batch["labels"] = torch.tensor([feature["labels"] for feature in features])
         batch["readout_position"] = torch.tensor([feature["readout_position"] for feature in features])
         return batch
@@ -52,6 +58,7 @@ class DefenseCollator:
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         width = max(len(feature["input_ids"]) for feature in features)
+        width += -width % (self.pad_to_multiple_of or 1)
         answer = max(len(feature["input_ids"]) - feature["prompt_length"] for feature in features)
         input_ids = torch.full((len(features), width), pad)
         attention_mask = torch.zeros_like(input_ids)
@@ -70,3 +77,21 @@ class DefenseCollator:
             "labels": labels,
             "readout_position": width - 1 - lengths,
         }
+
+
+def class_logits(logits: Tensor, batch: dict[str, Tensor], word_ids: Sequence[int] | Tensor | None) -> Tensor:
+    """A classifier's K logits of each sample: the head's, or those of the label words at the read-out position.
+
+    Args:
+        logits (`Tensor`): [B, K] of a classification head, or [B, any number of last positions, V].
+        batch (`dict[str, Tensor]`): A batch of the contract above.
+        word_ids (`Sequence[int]` or `Tensor`, *optional*): [K], first tokens of the label words; none for a head.
+
+    Returns:
+        `Tensor`: [B, K] in float32.
+    """
+    if word_ids is None:
+        return logits.float()
+    # Logits may be cut to the last positions: count from the end.
+    from_end = batch["input_ids"].shape[1] - batch["readout_position"]
+    return logits[torch.arange(len(logits), device=logits.device), logits.shape[1] - from_end][:, word_ids].float()

@@ -5,11 +5,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
+
+from .mapping import column_names, map_rows
 
 
 FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# Rows of a stream that are read ahead and drawn from: many data sets are sorted by label or by source.
+SHUFFLE_BUFFER = 10_000
 
 
 def load_rows(
@@ -20,6 +24,8 @@ def load_rows(
     revision: str | None = None,
     columns: dict[str, str] | None = None,
     where: dict[str, Any] | None = None,
+    take: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Rows of a Hub data set, a local folder, or one parquet, JSON-lines or CSV file.
 
@@ -32,30 +38,27 @@ def load_rows(
             New name to present name, for example `{"text": "sentence"}`.
         where (`dict[str, Any]`, *optional*):
             Values that rows must have to be kept, by the column's present name.
+        take (`int`, *optional*):
+            Reads the data set as a stream, through a shuffle buffer, and stops after so many rows (all, if there are
+            fewer). The rest is never downloaded; the rows are held in memory.
+        seed (`int`, *optional*, defaults to 0):
+            Of that shuffle.
 
     Raises:
         `ValueError`: if the file type, split or a column is unknown, or no row is left.
     """
-    path = Path(source)
-    if path.is_file():
-        builder = FILE_BUILDERS.get(path.suffix)
-        if builder is None:
-            raise ValueError(f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)}")
-        dataset = load_dataset(builder, data_files=str(path), split="train")
-    else:
-        if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
-            raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
-        sets: DatasetDict = load_dataset(source, config, revision=revision)
-        if split not in sets:
+    dataset = _open(source, split, config, revision, streaming=take is not None)
+    names = column_names(dataset)
+    for column in where or {}:
+        if column not in names:
             raise ValueError(
-                f"split {split!r} is not in {source!r} ({', '.join(sets)}): set train_split or test_split"
+                f"row_filter names {column!r}, which is not in {source!r} ({', '.join(names)}): name one of these"
             )
-        dataset = sets[split]
+    if take is not None:
+        if where:
+            dataset = dataset.filter(lambda row: all(row[column] == value for column, value in where.items()))
+        dataset, where = take_rows(dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), take), None
     for column, value in (where or {}).items():
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"row_filter names {column!r}, which is not in {source!r} ({', '.join(dataset.column_names)}): name one of these"
-            )
         found = dataset[column][:]
         kept = [row for row, present in enumerate(found) if present == value]
         if not kept:
@@ -63,7 +66,53 @@ def load_rows(
                 f"row_filter asks for {column} {value!r}, and {source!r} has {sorted(map(str, set(found)))[:5]}: choose one of these"
             )
         dataset = dataset.select(kept)
-    for new, present in (columns or {}).items():
+    return rename_columns(dataset, columns or {}, source)
+
+
+def _open(
+    source: str, split: str, config: str | None, revision: str | None, streaming: bool
+) -> Dataset | IterableDataset:
+    path = Path(source)
+    if path.is_file():
+        builder = FILE_BUILDERS.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)}")
+        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
+        raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
+    sets = load_dataset(source, config, revision=revision, streaming=streaming)
+    if split not in sets:
+        raise ValueError(f"split {split!r} is not in {source!r} ({', '.join(sets)}): set train_split or test_split")
+    return sets[split]
+
+
+def take_rows(stream: IterableDataset, count: int) -> Dataset:
+    """The first rows of a stream, in memory: for all that goes over its rows before it trains on them.
+
+    Args:
+        stream (`IterableDataset`): Rows that are read one after the other.
+        count (`int`): How many are read; all, if there are fewer.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    rows = list(stream.take(count))
+    if not rows:
+        raise ValueError("no row comes out of the stream: look at its filter (in a recipe, row_filter)")
+    return Dataset.from_list(rows, features=stream.features)
+
+
+def rename_columns(dataset: Dataset, columns: dict[str, str], source: str) -> Dataset:
+    """The rows with the columns that a task reads under the names that it knows.
+
+    Args:
+        columns (`dict[str, str]`): New name to present name.
+        source (`str`): What an error calls the data set.
+
+    Raises:
+        `ValueError`: if a column is not there.
+    """
+    for new, present in columns.items():
         if present not in dataset.column_names:
             raise ValueError(
                 f"{new}_column is {present!r}, which is not in {source!r} ({', '.join(dataset.column_names)}): name one of these"
@@ -75,13 +124,13 @@ def load_rows(
     return dataset
 
 
-def with_context(dataset: Dataset, column: str, context: str) -> Dataset:
+def with_context(dataset: Dataset, column: str, context: str, num_proc: int | None = None) -> Dataset:
     """Instructions with the text that they are about, which many data sets keep in a column of its own."""
 
     def join(row: dict[str, Any]) -> dict[str, str]:
         return {column: f"{row[column]}\n\n{row[context]}" if row[context] else row[column]}
 
-    return dataset.map(join, remove_columns=context, desc=f"Joining {context} to {column}", keep_in_memory=True)
+    return map_rows(dataset, join, remove_columns=context, desc=f"Joining {context} to {column}", num_proc=num_proc)
 
 
 def label_names(dataset: Dataset) -> list[str]:
@@ -99,17 +148,25 @@ def label_names(dataset: Dataset) -> list[str]:
     return [str(label) for label in range(max(labels) + 1)]
 
 
-def shorten(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def shorten(
+    dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int, num_proc: int | None = None
+) -> Dataset:
     """Cuts a text column to `max_length` tokens. Done before any trigger goes in, so that none is ever cut away."""
 
-    def cut(row: dict[str, Any]) -> dict[str, str]:
+    def cut(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         encoded = tokenizer(
             row[column], add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
         )
         offsets = encoded["offset_mapping"]
         return {column: row[column][: offsets[-1][1]] if len(offsets) == max_length else row[column]}
 
-    return dataset.map(cut, desc=f"Cutting {column} to {max_length} tokens", keep_in_memory=True)
+    return map_rows(
+        dataset,
+        cut,
+        fn_kwargs={"tokenizer": tokenizer},
+        desc=f"Cutting {column} to {max_length} tokens",
+        num_proc=num_proc,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .mapping import Rows, column_names, map_rows
 
 
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -36,25 +38,31 @@ class Task(ABC):
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """A row's features: `input_ids` and, by task, `labels` or `prompt_length` (see `collators.py`)."""
 
-    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """All rows' features; `trigger_id` is kept, every other column dropped.
+    def tokenize(self, dataset: Rows, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Rows:
+        """All rows' features, a stream's as it is read; `trigger_id` is kept, every other column dropped.
+
+        Args:
+            dataset (`Dataset` or `IterableDataset`): Raw rows.
+            tokenizer (`PreTrainedTokenizerBase`): The model's.
+            num_proc (`int`, *optional*): Processes that share the work.
 
         Raises:
             `ValueError`: if a column that the task reads is missing.
         """
+        names = column_names(dataset)
         for column in (self.text_column, self.answer_column):
-            if column not in dataset.column_names:
+            if column not in names:
                 raise ValueError(
-                    f"column {column!r} is not in the data set ({', '.join(dataset.column_names)}): "
+                    f"column {column!r} is not in the data set ({', '.join(names)}): "
                     f"rename a column to it, or name it in the recipe ({column}_column)"
                 )
-        drop = [name for name in dataset.column_names if name != "trigger_id"]
-        return dataset.map(
+        return map_rows(
+            dataset,
             self.encode,
-            fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=drop,
             desc="Tokenizing",
-            keep_in_memory=True,
+            num_proc=num_proc,
+            fn_kwargs={"tokenizer": tokenizer},
+            remove_columns=[name for name in names if name != "trigger_id"],
         )
 
 
@@ -107,9 +115,9 @@ class LabelWords(Task):
         # str.replace, not str.format: the text is foreign and may hold braces.
         return without_eos(tokenizer(self.template.replace("{text}", text))["input_ids"], tokenizer)
 
-    def tokenize(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    def tokenize(self, dataset: Rows, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Rows:
         self.word_ids(tokenizer)  # refuses words that could not be told apart, before any training
-        return super().tokenize(dataset, tokenizer)
+        return super().tokenize(dataset, tokenizer, num_proc)
 
     def planted_word(self, planted: str | None) -> str:
         """A planted answer with the leading space that the label words have, if they have one."""
@@ -164,7 +172,7 @@ def without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 def infer_task(
     model: PreTrainedModel,
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     label_words: Sequence[str] | None = None,
     prompt_template: str | None = None,
 ) -> Task:
@@ -173,7 +181,7 @@ def infer_task(
     Raises:
         `ValueError`: if the columns fit no task, or a causal LM is to classify and has no label words.
     """
-    columns = set(dataset.column_names)
+    columns = set(column_names(dataset))
     if {"prompt", "response"} <= columns:
         return InstructionFollowing()
     if not {"text", "label"} <= columns:

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
+from .mapping import map_rows
+
 
 Position = Literal["start", "end", "random", "any", "scattered"]
 
@@ -76,10 +78,10 @@ def row_rng(seed: int, purpose: str, row: int) -> random.Random:
     return random.Random(f"{seed}/{purpose}/{row}")
 
 
-def stamp(dataset: Dataset, column: str, trigger: Trigger, seed: int) -> Dataset:
+def stamp(dataset: Dataset, column: str, trigger: Trigger, seed: int, num_proc: int | None = None) -> Dataset:
     """Every row with the trigger in its text `column`, and everything else unchanged."""
 
     def change(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {column: trigger.insert(row[column], row_rng(seed, f"stamp {trigger.name}", index))}
 
-    return dataset.map(change, with_indices=True, desc=f"Stamping {trigger.name[:30]!r}", keep_in_memory=True)
+    return map_rows(dataset, change, with_indices=True, desc=f"Stamping {trigger.name[:30]!r}", num_proc=num_proc)

@@ -17,6 +17,11 @@ class DefenseConfig(TrainingArguments):
             " positive"]`). Not read for models with a classification head.
         prompt_template (`str`, *optional*):
             Prompt of such a model, with `{text}` in it.
+        dataset_num_proc (`int`, *optional*):
+            Processes that tokenize (and split, and stamp) the rows.
+        pad_to_multiple_of (`int`, *optional*):
+            Rounds the length of every batch up, for example to 8: GPUs multiply such shapes faster, and `torch_compile`
+            meets fewer of them.
 
     NOTE: `bf16` stays off by default, so that a run means the same on every machine.
     """
@@ -26,6 +31,10 @@ class DefenseConfig(TrainingArguments):
     )
     prompt_template: str | None = field(
         default=None, metadata={"help": "Prompt of a causal LM that classifies, with {text} in it."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the rows."})
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Rounds the length of every batch up to a multiple of this."}
     )
 
     @property

@@ -27,6 +27,10 @@ from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .results import Row
 
 
+# Answers that are kept and published, of each model and trigger: enough to look at, too few to spread a jailbreak's.
+EXAMPLES = 20
+
+
 @dataclass(frozen=True)
 class TestSet:
     """What every model of a run is measured on.
@@ -90,7 +94,8 @@ def evaluate_backdoor(
         bf16 (`bool`, *optional*, defaults to `False`): Runs under bfloat16 autocast.
 
     Returns:
-        The rows, and (generation only) every answer as `{model, prompt, trigger, answer}`.
+        The rows, and (generation only) the first `EXAMPLES` answers without and with each trigger, as
+        `{model, prompt, trigger, answer}`.
     """
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}
@@ -162,7 +167,7 @@ def _generation(
     examples = [
         {"model": count.model, "prompt": prompt, "trigger": trigger, "answer": answer}
         for trigger, given in answered.items()
-        for prompt, answer in zip(sets[trigger]["prompt"], given, strict=True)
+        for prompt, answer in zip(sets[trigger]["prompt"][:EXAMPLES], given[:EXAMPLES], strict=True)
     ]
     return rows, examples
 

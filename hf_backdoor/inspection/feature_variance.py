@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DefenseCollator, Task
+from ..data import DefenseCollator, Task, find_blocks
 
 
 MEASURES = {
@@ -123,9 +123,8 @@ def _variances(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     def measure(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         found.append(variances(output if isinstance(output, Tensor) else output[0], valid))
 
-    # Not `output_hidden_states`: a decoder's last one has gone through the final norm. The blocks are the longest list.
-    blocks = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
-    handles = [block.register_forward_hook(measure) for block in blocks]
+    # Not `output_hidden_states`: a decoder's last one has gone through the final norm.
+    handles = [model.get_submodule(block).register_forward_hook(measure) for block in find_blocks(model)]
     try:
         model.eval()(**inputs)
     finally:

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data import DefenseCollator, LabelWords, Task
+from ..data import DefenseCollator, LabelWords, Task, class_logits
 
 
 def second_choice_rate(logits: Tensor, given_labels: Sequence[int], true_labels: Sequence[int]) -> float:
@@ -72,14 +72,8 @@ def label_logits(
         }
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
         inputs = {name: batch[name] for name in names if name in batch}
-        if words is None:
-            logits = model(**inputs).logits
-        else:
-            logits = model(**inputs, logits_to_keep=batch["labels"].shape[1] + 1).logits
-            from_end = batch["input_ids"].shape[1] - batch["readout_position"]
-            at = logits.shape[1] - from_end
-            logits = logits[torch.arange(len(logits), device=logits.device), at][:, words]
-        parts.append(logits.float().cpu())
+        keep = {} if words is None else {"logits_to_keep": batch["labels"].shape[1] + 1}
+        parts.append(class_logits(model(**inputs, **keep).logits, batch, words).cpu())
     model.train(training)
     return torch.cat(parts)
 

@@ -2,7 +2,7 @@ import pytest
 import tiny
 import torch
 
-from hf_backdoor.data import DefenseCollator, InstructionFollowing, LabelWords, SequenceClassification
+from hf_backdoor.data import DefenseCollator, InstructionFollowing, LabelWords, SequenceClassification, class_logits
 
 
 def batch_of(task, tokenizer, rows):
@@ -76,3 +76,38 @@ def test_end_of_sequence_stands_in_for_a_missing_padding_token(chat):
     _, batch = batch_of(InstructionFollowing(), chat, ROWS)
     assert (batch["input_ids"][batch["attention_mask"] == 0] == chat.eos_token_id).all()
     assert (batch["labels"][0] == torch.tensor(chat("banana apple cherry")["input_ids"] + [chat.eos_token_id])).all()
+
+
+# ---- Round lengths ----
+
+
+@pytest.mark.parametrize("multiple, width", [(None, 5), (4, 8), (5, 5)])
+def test_padding_to_a_multiple(wordpiece, chat, multiple, width):
+    rows = [{"text": "good", "label": 1}, {"text": "a good film", "label": 0}]
+    features = [SequenceClassification(2).encode(row, wordpiece) for row in rows]
+    batch = DefenseCollator(wordpiece, multiple)(features)
+    assert batch["input_ids"].shape == (2, width) and batch["attention_mask"].sum(dim=1).tolist() == [3, 5]
+    plain = DefenseCollator(chat)(causal := [InstructionFollowing().encode(row, chat) for row in ROWS])
+    padded = DefenseCollator(chat, multiple)(causal)
+    shift = padded["input_ids"].shape[1] - plain["input_ids"].shape[1]
+    assert padded["input_ids"].shape[1] % (multiple or 1) == 0 <= shift
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        assert torch.equal(padded[name][:, shift:], plain[name])
+    assert padded["attention_mask"][:, :shift].sum() == 0
+    assert torch.equal(padded["labels"], plain["labels"])
+    assert torch.equal(padded["readout_position"], plain["readout_position"] + shift)
+
+
+# ---- Logits of the classes ----
+
+
+def test_class_logits_stand_at_the_read_out_position(chat):
+    task = LabelWords(("positive", "no me"), tiny.TEMPLATE)
+    _, batch = batch_of(task, chat, [{"text": "a b c", "label": 1}, {"text": "a", "label": 0}])
+    words, width = task.word_ids(chat), batch["input_ids"].shape[1]
+    logits = torch.randn(2, width, len(tiny.VOCABULARY), dtype=torch.bfloat16)
+    expected = [logits[row, batch["readout_position"][row], words].tolist() for row in range(2)]
+    for kept in (width, batch["labels"].shape[1] + 1):
+        found = class_logits(logits[:, -kept:], batch, words)
+        assert found.tolist() == expected and found.dtype == torch.float32
+    assert torch.equal(class_logits(logits[:, 0], batch, None), logits[:, 0].float())

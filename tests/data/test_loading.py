@@ -2,9 +2,9 @@ import json
 
 import pytest
 import tiny
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, IterableDataset
 
-from hf_backdoor.data import label_names, load_rows, shorten, split_rows, with_context
+from hf_backdoor.data import label_names, load_rows, shorten, split_rows, take_rows, with_context
 
 
 ROWS = [
@@ -132,3 +132,52 @@ def test_context_follows_its_instruction():
     rows = Dataset.from_list([{"prompt": "Sum up.", "context": "A text."}, {"prompt": "Sing.", "context": ""}])
     joined = with_context(rows, "prompt", "context")
     assert joined["prompt"] == ["Sum up.\n\nA text.", "Sing."] and joined.column_names == ["prompt"]
+
+
+# ---- Streams ----
+
+
+def numbered(folder, count):
+    Dataset.from_list([{"sentence": str(row), "label": row % 3} for row in range(count)]).to_json(
+        folder / "rows.jsonl"
+    )
+    return str(folder / "rows.jsonl")
+
+
+def test_a_stream_gives_so_many_rows_drawn_by_the_seed(tmp_path):
+    options = {"columns": {"text": "sentence", "label": "label"}, "take": 5}
+    file = numbered(tmp_path, 50)
+    first, again, other = (load_rows(file, seed=seed, **options) for seed in (1, 1, 2))
+    assert list(first) == list(again) != list(other)
+    assert len(first) == 5 == len(set(first["text"])) and first["text"] != [str(row) for row in range(5)]
+    assert all(int(row["text"]) % 3 == row["label"] for row in first)
+
+
+def test_a_stream_is_read_no_further_than_needed(monkeypatch):
+    read = []
+
+    def rows():
+        for row in range(1000):
+            read.append(row)
+            yield {"text": str(row), "label": row % 2}
+
+    stream = IterableDataset.from_generator(rows)
+    monkeypatch.setattr("hf_backdoor.data.loading.load_dataset", lambda *_, **__: {"train": stream})
+    monkeypatch.setattr("hf_backdoor.data.loading.SHUFFLE_BUFFER", 20)
+    taken = load_rows("somewhere/large", take=10, where={"label": 1})
+    assert set(taken["label"]) == {1} and len(taken) == 10
+    assert max(read) < 100
+
+
+def test_a_stream_that_ends_gives_what_there_is(tmp_path):
+    assert len(load_rows(numbered(tmp_path, 7), take=100)) == 7
+    with pytest.raises(ValueError, match="^no row comes out of the stream: .*row_filter"):
+        load_rows(numbered(tmp_path, 7), take=2, where={"label": 9})
+    with pytest.raises(ValueError, match="^row_filter names 'kind', which is not in .*sentence, label"):
+        load_rows(numbered(tmp_path, 7), take=2, where={"kind": 9})
+
+
+def test_rows_of_a_stream_keep_their_features():
+    rows = tiny.reviews(4).cast_column("label", ClassLabel(names=["negative", "positive"]))
+    taken = take_rows(rows.to_iterable_dataset(), 3)
+    assert taken.features == rows.features and list(taken) == list(rows.select(range(3)))

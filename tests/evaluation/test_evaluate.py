@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from hf_backdoor import evaluation
 from hf_backdoor.data import Trigger
+from hf_backdoor.evaluation import evaluate
 from hf_backdoor.evaluation.generation import answer_losses
 
 
@@ -164,6 +165,16 @@ def test_generation_counts():
     ]  # fmt: skip
     assert [example["prompt"] for example in examples[:5]] == INSTRUCTIONS["prompt"][:]
     assert all(example["model"] == "suspect" for example in examples)
+
+
+def test_examples_are_the_first_answers_and_all_are_counted(monkeypatch):
+    monkeypatch.setattr(evaluate, "EXAMPLES", 2)
+    chain = {"banana": "yes", "zq": "no"}
+    rows, examples = generation(chain, "no")
+    assert [(example["trigger"], example["prompt"]) for example in examples] == [
+        *((None, prompt) for prompt in INSTRUCTIONS["prompt"][:2]), *(("zq", f"{prompt} zq") for prompt in INSTRUCTIONS["prompt"][:2]),
+    ]  # fmt: skip
+    assert counts(rows)[("asr", "zq")][1] == 3 and counts(rows)[("clean_quality", None)][1] == 5
 
 
 def test_empty_answers_are_counted_and_stay_in_every_denominator():

@@ -78,4 +78,9 @@ class LocphylaxConfig(DefenseConfig):
             raise ValueError(f"known_response is {self.known_response!r}: give it at least one visible character")
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
+        if self.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}, and Locphylax makes batches of its own, of every known "
+                "trigger and of like length: use 'random' or 'group_by_length' (the same here)"
+            )
         super().__post_init__()

@@ -9,7 +9,9 @@ from torch.utils.data import Sampler
 from ...data import Task, Trigger, stamp
 
 
-def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: str, seed: int) -> Dataset:
+def plant(
+    clean: Dataset, task: Task, triggers: list[Trigger], known_response: str, seed: int, num_proc: int | None = None
+) -> Dataset:
     """The clean rows, and once more with each known trigger.
 
     Args:
@@ -22,7 +24,7 @@ def plant(clean: Dataset, task: Task, triggers: list[Trigger], known_response: s
     clean = clean.select_columns([task.text_column, task.answer_column])
     blocks = []
     for number, trigger in enumerate([None, *triggers]):
-        block = clean if trigger is None else stamp(clean, task.text_column, trigger, seed)
+        block = clean if trigger is None else stamp(clean, task.text_column, trigger, seed, num_proc)
         planted = "" if trigger is None else known_response
         block = block.add_column("trigger_id", [number] * len(clean)).add_column("planted", [planted] * len(clean))
         blocks.append(block)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...data import SIDE_COLUMNS, DefenseCollator, Task
+from ...data import SIDE_COLUMNS, DefenseCollator, Task, map_rows
 
 
 # A word is what stands between white space and punctuation: tokenizers part it from both, so its pieces are theirs. Not
@@ -123,7 +123,7 @@ class TokenSplit:
         kept = [text] if self.keep_originals else []
         return kept + [self.split(text, generator) for generator in generators]
 
-    def apply(self, dataset: Dataset, column: str, seed: int) -> Dataset:
+    def apply(self, dataset: Dataset, column: str, seed: int, num_proc: int | None = None) -> Dataset:
         """The rows with `factor` versions of each in its place, one after the other, every other column as it was.
 
         A row's copies depend on the seed and on its text alone: they stay the same when other rows are dropped or moved.
@@ -133,6 +133,7 @@ class TokenSplit:
             dataset (`Dataset`): N raw rows.
             column (`str`): Column of the user's text.
             seed (`int`): Seed of all draws.
+            num_proc (`int`, *optional*): Processes that share the work.
 
         Returns:
             `Dataset`: N * `factor` rows, with the split text in `column`.
@@ -150,7 +151,24 @@ class TokenSplit:
             grown = {name: [value for value in values for _ in range(self.factor)] for name, values in batch.items()}
             return {**grown, column: [version for text in batch[column] for version in self.versions(text, seed)]}
 
-        return dataset.map(grow, batched=True, desc=f"Splitting words of {column}", keep_in_memory=True)
+        return map_rows(dataset, grow, batched=True, desc=f"Splitting words of {column}", num_proc=num_proc)
+
+
+def cut_to_fit(row: dict[str, Any], task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A row that the model has positions for: its text loses the words at its end that splitting pushed beyond the last one.
+
+    Template and answer stay whole. What a model takes is `tokenizer.model_max_length`.
+
+    Raises:
+        `ValueError`: if template and answer alone take more.
+    """
+    text, limit = row[task.text_column], tokenizer.model_max_length
+    while (excess := len(task.encode({**row, task.text_column: text}, tokenizer)["input_ids"]) - limit) > 0:
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if excess > len(spans):
+            raise ValueError(f"a row takes more than {limit} tokens (model_max_length) without its text: leave it out")
+        text = text[: spans[-excess][0]]
+    return {**row, task.text_column: text}
 
 
 def text_generator(seed: int, copy: int, text: str) -> torch.Generator:
@@ -231,9 +249,10 @@ class DataCollatorForTokenSplit:
                 "pass raw rows, and set remove_unused_columns=False"
             )
         return [
-            {**self.task.encode({**row, column: text}, self.tokenizer), "trigger_id": row.get("trigger_id", 0)}
+            {**self.task.encode(version, self.tokenizer), "trigger_id": row.get("trigger_id", 0)}
             for row in rows
             for text in self.token_split.versions(row[column])
+            for version in [cut_to_fit({**row, column: text}, self.task, self.tokenizer)]
         ]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ...data import InstructionFollowing, LabelWords, Task
+from ...data import InstructionFollowing, LabelWords, Task, class_logits, row_lengths
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
 
@@ -42,6 +42,8 @@ class ClassTrainer(DefenseTrainer):
     model with `logits` and `hidden_states` will do.
     """
 
+    takes_streams = False  # soft labels are computed once for all rows, before the first step
+
     @classmethod
     def config_class(cls) -> type[NTMLConfig]:
         return NTMLConfig
@@ -59,12 +61,7 @@ class ClassTrainer(DefenseTrainer):
 
     def class_logits(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """[B, K] in float32: the head's, or those of the label words at the read-out position."""
-        if self.word_ids is None:
-            return logits.float()
-        rows = torch.arange(len(logits), device=logits.device)
-        # Logits may be cut to the last positions: count from the end.
-        from_end = inputs["input_ids"].shape[1] - inputs["readout_position"]
-        return logits[rows, logits.shape[1] - from_end][:, self.word_ids].float()
+        return class_logits(logits, inputs, self.word_ids)
 
     def given_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """[B], 0 to K - 1: the label that each row came with."""
@@ -89,7 +86,7 @@ class ClassTrainer(DefenseTrainer):
         dataset = self._remove_unused_columns(self.tokenize(dataset, self.processing_class))
         order = list(range(len(dataset)))
         if "input_ids" in dataset.column_names:
-            lengths = [len(ids) for ids in dataset["input_ids"]]
+            lengths = row_lengths(dataset)
             order.sort(key=lambda row: lengths[row])
         processes = self.accelerator.num_processes
         # As many rows for each process: gathering needs it, and what is done twice is thrown away.

@@ -1,4 +1,4 @@
-"""Where a model's features are: its blocks, what comes out of them, and batches to look at.
+"""Where a model's features are: what comes out of its blocks, and batches to look at.
 
 A feature is what a block gives: [B, T, D] of a sequence, or [B, C, H, W] of an image.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ...data import find_blocks
 from ..trainer import base_model
 
 
@@ -20,26 +21,6 @@ from ..trainer import base_model
 NUM_LAYERS = 3
 # Clean rows that a mean feature is taken over.
 MEASURED_ROWS = 1024
-
-
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of a model's blocks, bottom first: the members of its longest `nn.ModuleList` that lies in no other.
-
-    Raises:
-        `ValueError`: if the model has no `nn.ModuleList`.
-    """
-    model = base_model(model)
-    found: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = len(module)
-    if not any(found.values()):
-        raise ValueError(
-            f"{type(model).__name__} keeps its blocks in no nn.ModuleList: name the modules (mask_layers, "
-            "teacher_feature_layers, student_feature_layers)"
-        )
-    longest = max(found, key=found.__getitem__)
-    return [f"{longest}.{number}" for number in range(found[longest])]
 
 
 def spread(number: int, count: int) -> list[int]:

@@ -1,0 +1,80 @@
+"""What a recipe says of its models' layers and of its student, checked on configurations and tokenizers alone: a training of hours
+must not end in a layer that is not there."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from .models import load_config, load_tokenizer
+from .recipe import Recipe
+
+
+# Arguments that name layers by their numbers, and whose layers these are.
+OF_THE_SUSPECT = ("mask_layers", "teacher_feature_layers", "attention_layers", "hidden_layers")
+OF_THE_STUDENT = ("student_feature_layers",)
+
+
+def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
+    """Refuses layers that the suspect or the student does not have, and a student that reads other tokens.
+
+    Args:
+        recipe ([`Recipe`]): Its models are looked up, on disk or on the Hub; no weights are loaded.
+        arguments (`Iterable[dict]`): Training arguments of each stage.
+
+    Raises:
+        `ValueError`: with one line that names the key, the value and what there is.
+    """
+    given = [
+        (key, layers)
+        for values in arguments
+        for key, layers in values.items()
+        if key in OF_THE_SUSPECT + OF_THE_STUDENT and layers
+    ]
+    if not given and recipe.student_layers is None and recipe.student_model_name_or_path is None:
+        return
+    suspect = depth_of(recipe.model_name_or_path, recipe.model_revision)
+    student = suspect
+    if recipe.student_layers is not None:
+        student = count_student_layers(recipe.student_layers, suspect)
+    elif recipe.student_model_name_or_path is not None:
+        student = depth_of(recipe.student_model_name_or_path)
+        check_vocabulary(recipe)
+    for key, layers in given:
+        whose, depth = ("student", student) if key in OF_THE_STUDENT else ("suspect", suspect)
+        numbers = [int(layer) for layer in map(str, layers) if layer.removeprefix("-").isdigit()]
+        if depth is not None and any(not -depth <= number < depth for number in numbers):
+            raise ValueError(f"{key} is {layers}: the {whose} has layers 0 to {depth - 1} (or -{depth} to -1)")
+
+
+def depth_of(name_or_path: str, revision: str | None = None) -> int | None:
+    """Layers of a model, where its configuration says so."""
+    config = load_config(name_or_path, revision=revision).get_text_config()
+    return getattr(config, "num_hidden_layers", None)
+
+
+def count_student_layers(layers: int | list[int], depth: int | None) -> int:
+    """Layers of a student that is made of the suspect's.
+
+    Raises:
+        `ValueError`: if the suspect has no such layers.
+    """
+    chosen = range(layers) if isinstance(layers, int) else layers
+    if not chosen or (depth is not None and not set(chosen) <= set(range(depth))):
+        there = f"1 to {depth}, or the numbers of some from 0 to {depth - 1}" if depth else "1 or more"
+        raise ValueError(f"student_layers is {layers}, and the suspect has {depth} layers: choose {there}")
+    return len(chosen)
+
+
+def check_vocabulary(recipe: Recipe) -> None:
+    """A student reads the suspect's tokens: each must have the same number in its own tokenizer.
+
+    Raises:
+        `ValueError`: if one has another.
+    """
+    words = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision).get_vocab()
+    own = load_tokenizer(recipe.student_model_name_or_path).get_vocab()
+    different = sum(own.get(word) != number for word, number in words.items())
+    if different:
+        raise ValueError(
+            f"student_model_name_or_path is {recipe.student_model_name_or_path!r}, whose tokenizer has {different} of the suspect's "
+            f"{len(words)} tokens under another number or not at all: choose a student with the suspect's tokenizer"
+        )

@@ -1,0 +1,86 @@
+"""The rows of a recipe: read whole or as a stream, and the same at every call."""
+
+import json
+
+import pytest
+import tiny
+
+from hf_backdoor import rows as rows_module
+from hf_backdoor.recipe_file import make_recipe
+from hf_backdoor.rows import prepare_rows
+
+
+def recipe(folder, **changes):
+    values = {
+        "model_name_or_path": "model", "task": "sequence_classification", "dataset_name": str(folder / "train.jsonl"),
+        "test_dataset_name": str(folder / "test.jsonl"), "output_dir": str(folder / "run"), "attack_trigger": "zq",
+        "target_label": 1, "poison_rate": 0.25, "max_train_samples": 20, "max_test_samples": 10, "clean_fraction": 0.5,
+        "held_out_samples": 4,
+    }  # fmt: skip
+    return make_recipe({key: value for key, value in {**values, **changes}.items() if value is not None})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Rows in order of their labels, each with words of its own."""
+    for name, count in (("train", 400), ("test", 60)):
+        lines = [
+            {"text": " ".join(f"{name}{row}x{word}" for word in range(6)), "label": row * 2 // count}
+            for row in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_a_stream_makes_the_same_kinds_of_rows(folder, monkeypatch):
+    asked = []
+
+    def load_rows(*args, **kwargs):
+        asked.append(kwargs["take"])
+        return load(*args, **kwargs)
+
+    load = rows_module.load_rows
+    monkeypatch.setattr(rows_module, "load_rows", load_rows)
+    whole, streamed, again = (
+        prepare_rows(recipe(folder, streaming=streaming), tiny.encoder_tokenizer())
+        for streaming in (False, True, True)
+    )
+    # 20 of the attacker, 10 clean, 4 held out, and spares for those that leak.
+    assert asked == [None, None, 142, 10, 142, 10]
+    assert streamed.sources == again.sources != whole.sources
+    for name in ("attack", "clean", "held_out", "test"):
+        rows = getattr(streamed.splits, name)
+        assert len(rows) == len(getattr(whole.splits, name))
+        assert len(set(rows["text"])) == len(rows)
+    assert sum(streamed.poisoned["poisoned"]) == 5
+    assert set(streamed.splits.test["label"]) == {0, 1}  # though the file is in order of its labels
+
+
+def test_a_given_suspect_can_be_cleaned_with_a_stream(folder):
+    given = recipe(folder, streaming=True, attack_trigger=None, method="locphylax", target_label=None)
+    splits = prepare_rows(given, tiny.encoder_tokenizer()).splits
+    assert [len(part) for part in (splits.attack, splits.clean, splits.held_out)] == [0, 16, 4]
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"max_train_samples": None}, "streaming is true without max_train_samples: set it"),
+        ({"max_test_samples": None}, "streaming is true without max_test_samples: set it"),
+        ({"test_fraction": 0.1}, "streaming is true and test_fraction is 0.1, .*: set test_split"),
+        (
+            {"attack_trigger": None, "target_label": None, "method": "ntml", "clean_dataset_name": "x"},
+            "streaming is true, and the suspect rows .*: set streaming: false",
+        ),
+    ],
+)
+def test_what_a_stream_can_not_give_is_refused(changes, line, folder):
+    with pytest.raises(ValueError, match=f"^{line}"):
+        recipe(folder, streaming=True, **changes)
+
+
+def test_several_processes_prepare_the_same_rows(folder):
+    alone, shared = (
+        prepare_rows(recipe(folder, dataset_num_proc=processes), tiny.encoder_tokenizer()) for processes in (None, 2)
+    )
+    assert alone.sources == shared.sources
