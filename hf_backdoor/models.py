@@ -6,19 +6,25 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
+from .adapters import Adapter, find_adapter, transplanted
 from .data import SequenceClassification, Task
+from .quantization import HEADS, dequantized, keep_trainable, quantization_config
 
 
 def resolve(name_or_path: str) -> tuple[str, str | None]:
@@ -44,8 +50,24 @@ def resolve(name_or_path: str) -> tuple[str, str | None]:
     return name_or_path, None
 
 
+def needs_conversion(name_or_path: str, *, revision: str | None = None) -> bool:
+    """Whether a model is no folder of weights as they are used: a GGUF file, or an adapter over a base."""
+    return resolve(name_or_path)[1] is not None or find_adapter(name_or_path, revision=revision) is not None
+
+
+def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration; an adapter's is its base's."""
+    if adapter := find_adapter(name_or_path, revision=revision):
+        name_or_path, revision = adapter.base, adapter.base_revision
+    folder, gguf = resolve(name_or_path)
+    return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision)
+
+
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (end of sequence where it has none)."""
+    """The tokenizer, with a padding token (end of sequence where it has none). An adapter without one has its base's."""
+    adapter = find_adapter(name_or_path, revision=revision)
+    if adapter is not None and adapter.file("tokenizer_config.json") is None:
+        name_or_path, revision = adapter.base, adapter.base_revision
     folder, gguf = resolve(name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
     if tokenizer.pad_token is None:
@@ -62,19 +84,42 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    quantization: str | None = None,
+    compute_dtype: str | None = None,
 ) -> PreTrainedModel:
     """A model for a task. Weights are read from safetensors (or GGUF) only: a pickle can run code.
 
     Args:
-        name_or_path (`str`): Hub name, folder, `.gguf` file, or `package:NAME/FILE.gguf`.
+        name_or_path (`str`): Hub name, folder, `.gguf` file, or `package:NAME/FILE.gguf`. A PEFT adapter is merged into its
+            base.
         task_class (`type[Task]`): [`~hf_backdoor.data.SequenceClassification`] gets a classification head.
         num_labels (`int`, *optional*): Size of a fresh head; a checkpoint's own head is kept when it is left out.
         seed (`int`, *optional*, defaults to 0): Seed of a fresh head.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
+        quantization (`str`, *optional*): `"nf4"` or `"int8"`: linear layers to train an adapter over, on this process's device.
+            Without it, the weights of a checkpoint that is quantized already are turned back into plain ones.
+        compute_dtype (`str`, *optional*): What 4-bit weights are multiplied in; `dtype` by default.
+
+    Raises:
+        `ValueError`: in one line, if an adapter has no base or no safetensors, a head has another size, or weights can't be
+            quantized.
     """
+    adapter = find_adapter(name_or_path, revision=revision)
     folder, gguf = resolve(name_or_path)
+    if quantization is not None and (adapter is not None or gguf):
+        raise ValueError(
+            f"quantization is {quantization!r}, and {name_or_path!r} is {'an adapter' if adapter else 'a GGUF file'}: "
+            "name a model in safetensors, its adapter merged"
+        )
+    if adapter is not None:
+        options = {"num_labels": num_labels, "seed": seed, "dtype": dtype, "attn_implementation": attn_implementation}
+        return adapter.merged_into(load_base(adapter, task_class, **options))
     options = {"revision": revision, "dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
+    if quantization is not None:
+        keep = HEADS if task_class is SequenceClassification else None
+        quantized = quantization_config(quantization, getattr(torch, compute_dtype or dtype), keep)
+        options |= {"quantization_config": quantized, "device_map": {"": PartialState().device}}
     set_seed(seed)
     if task_class is SequenceClassification:
         head = {} if num_labels is None else {"num_labels": num_labels}
@@ -94,18 +139,63 @@ def load_model(
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+    elif is_quantized(model):
+        model = dequantized(model) if quantization is None else keep_trainable(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(name_or_path, revision=revision).pad_token_id
     return model
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The plain model, a LoRA adapter merged into its weights."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+def load_base(adapter: Adapter, task_class: type[Task], **options: Any) -> PreTrainedModel:
+    """The model that an adapter changes.
+
+    Raises:
+        `ValueError`: if it can't be found, or can't be what the adapter was trained over.
+    """
+    if adapter.classifies and task_class is not SequenceClassification:
+        raise ValueError(
+            f"{adapter.name!r} is an adapter with a classification head: set task: sequence_classification"
+        )
+    if find_adapter(adapter.base, revision=adapter.base_revision) is not None:
+        raise ValueError(
+            f"{adapter.name!r} is an adapter over {adapter.base!r}, which is an adapter too: merge that one into its base"
+        )
+    try:
+        return load_model(adapter.base, task_class, revision=adapter.base_revision, **options)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{adapter.name!r} is an adapter over {adapter.base!r}, which can't be loaded ({reason}): put the base there, or "
+            "correct base_model_name_or_path in its adapter_config.json"
+        ) from None
+
+
+def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether (the base of) a model has quantized weights."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def merged(model: PreTrainedModel | PeftModel, base: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The plain model, a LoRA adapter merged into its weights.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): What was trained; changed in place.
+        base (`PreTrainedModel`, *optional*): Where the adapter goes if its own base is quantized: that base
+            as it was before. It is changed in place.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    return model.merge_and_unload() if base is None else transplanted(model, base)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes safetensors, configuration and tokenizer, and undoes `use_cache: false`, which `Trainer` leaves behind."""
+    """Writes safetensors, configuration and tokenizer, and undoes `use_cache: false`, which `Trainer` leaves behind.
+
+    Raises:
+        `ValueError`: if the weights are quantized.
+    """
+    if is_quantized(model):
+        raise ValueError(f"{folder}: quantized weights are not saved; merge the adapter into the unquantized base")
     model.config.use_cache = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,9 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers.utils import is_liger_kernel_available
+
 from .attacks import Poisoning
 from .data import InstructionFollowing, LabelWords, SequenceClassification, Task, Trigger
 from .defenses import METHODS, DefenseConfig
+from .quantization import QUANTIZATIONS, require_bitsandbytes
 
 
 TASKS: dict[str, type[Task]] = {
@@ -25,16 +28,20 @@ class Recipe:
     Args:
         > Model
         model_name_or_path (`str`): Hub name, folder, `.gguf` file, or `package:NAME/FILE.gguf`. The suspect; or, when
-            an attack is given, the clean model that is to be attacked.
+            an attack is given, the clean model that is to be attacked. A PEFT adapter is merged into its base.
         task (`str`): `sequence_classification`, `label_words` or `instruction_following`.
         reference (`str`, *optional*): Never-poisoned model that gives the floors: `train` (trained as the suspect is,
             without poison), `base` (the model as it comes) or a model's name.
         model_revision, dtype, attn_implementation: As in `from_pretrained`.
         use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules: LoRA, in every stage of the defense.
+        quantization (`str`, *optional*): `nf4` or `int8`: the weights that the adapters are trained over; needs `use_peft`. What
+            a stage leaves are unquantized weights, its adapter merged. A suspect and a reference are never trained so.
 
         > Data
         dataset_name (`str`): Hub name, folder or file (also one that lies beside the recipe). test_dataset_name: another one for the test rows.
         dataset_config, dataset_revision, train_split, test_split: Where the rows are in it.
+        streaming (`bool`): Reads no more rows than `max_train_samples` and `max_test_samples` ask for (and some thousands that
+            they are drawn from); for data sets too large to download.
         text_column, label_column, prompt_column, response_column: The data set's own names of these.
         context_column (`str`, *optional*): Text that an instruction is about, where it has a column of its own; put after it.
         row_filter, test_row_filter (`dict`, *optional*): Values that rows must have, by column: `{task: refusal}`.
@@ -78,10 +85,12 @@ class Recipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | str = "all-linear"
+    quantization: str | None = None
     test_dataset_name: str | None = None
     clean_dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_revision: str | None = None
+    streaming: bool = False
     train_split: str = "train"
     test_split: str = "test"
     text_column: str = "text"
@@ -178,6 +187,18 @@ class Recipe:
         for control in self.controls:
             if control not in known:
                 raise ValueError(f"controls has {control!r}: {self.method} has {', '.join(known) or 'none'}")
+        if self.quantization is not None:
+            choose(self, "quantization", QUANTIZATIONS)
+            if self.method is None:
+                raise ValueError(
+                    f"quantization is {self.quantization!r} without a method: a suspect and a reference are trained whole; "
+                    "leave it out"
+                )
+            if not self.use_peft:
+                raise ValueError(
+                    f"quantization is {self.quantization!r} without use_peft: quantized weights can't be trained, only adapters "
+                    "over them; set use_peft: true"
+                )
         stages = {"reference", "suspect", *(METHODS[self.method].stages if self.method else ())}
         for stage in self.stages:
             if stage not in stages:
@@ -203,6 +224,8 @@ class Recipe:
                 f"test_fraction is {self.test_fraction}, which would cut test rows out of the suspect rows: set "
                 "test_dataset_name to clean ones"
             )
+        if self.streaming:
+            self._check_streaming(own_rows)
         if self.attack != "data_poisoning" and self.attack_trigger is None:
             raise ValueError(f"attack is {self.attack!r} without attack_trigger: set it, or leave attack out")
         if self.clean_dataset_name is not None and not own_rows:
@@ -244,6 +267,36 @@ class Recipe:
         if self.reference == "train" and self.attack_trigger is None:
             raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
         _ = self.poisoning
+
+    def _check_streaming(self, own_rows: bool) -> None:
+        for key in ("max_train_samples", "max_test_samples"):
+            if getattr(self, key) is None:
+                raise ValueError(
+                    f"streaming is true without {key}: set it, a stream is read until there are enough rows"
+                )
+        if self.test_fraction:
+            raise ValueError(
+                f"streaming is true and test_fraction is {self.test_fraction}, a share of all rows: set test_split or "
+                "test_dataset_name"
+            )
+        if own_rows:
+            raise ValueError(
+                "streaming is true, and the suspect rows of dataset_name are all to be trained on: set streaming: false"
+            )
+
+    def require_packages(self) -> None:
+        """Refuses what this machine lacks. No part of [`check`]: a recipe may be read on another machine than it runs on.
+
+        Raises:
+            `ValueError`: with one line that names the key and what to install.
+        """
+        if self.quantization is not None:
+            require_bitsandbytes(self.quantization)
+        used = [values.get("use_liger_kernel") for values in (self.training, *self.stages.values())]
+        if any(used) and not is_liger_kernel_available():
+            raise ValueError(
+                "use_liger_kernel is True, and liger-kernel is not installed: pip install liger-kernel, or leave it out"
+            )
 
 
 def choose(recipe: Recipe, key: str, allowed: Iterable[str]) -> None:

@@ -17,13 +17,14 @@ from hf_backdoor.report.text import plain
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
-def model_card(results: Results, repo_id: str) -> ModelCard:
+def model_card(results: Results, repo_id: str, *, adapter: bool = False) -> ModelCard:
     """
     The card of a cleaned model, made from the results of its run alone.
 
     Args:
         results (`Results`): What was measured. Local paths and secrets are left out of the card.
         repo_id (`str`): Repository that the card is for.
+        adapter (`bool`): Whether folder `adapter` in it takes the suspect to the cleaned model.
 
     Returns:
         `ModelCard`: The card. Its front matter has the cleaned model's results as a `model-index`.
@@ -47,8 +48,25 @@ def model_card(results: Results, repo_id: str) -> ModelCard:
         tags=["hf_backdoor", "backdoor-defense", *_method_tag(results)],
     )
     return ModelCard.from_template(
-        data, template_path=str(_TEMPLATE), title=name, base_model=base_model, **markdown_sections(results)
+        data,
+        template_path=str(_TEMPLATE),
+        title=name,
+        base_model=base_model,
+        weights=_weights(results, adapter),
+        **markdown_sections(results),
     )
+
+
+def _weights(results: Results, adapter: bool) -> str | None:
+    """What the files are, where adapters were trained."""
+    if results.recipe.get("use_peft") is not True:
+        return None
+    kind = results.recipe.get("quantization")
+    trained = f", trained over weights in {kind}," if kind in ("nf4", "int8") else ""
+    text = f"This is a whole model: the defense's LoRA adapters{trained} are merged into its unquantized weights."
+    if adapter:
+        return text + " Folder `adapter` has the same as one adapter over the suspect, this card's base model."
+    return text + " There is no adapter to it: none takes a suspect on the Hub to this model in a single stage."
 
 
 def _method_tag(results: Results) -> list[str]:

@@ -36,7 +36,16 @@ _VERBATIM = (
     "additional_chat_templates/*.jinja",
 )
 # What an earlier upload may have left, and a reader would load instead: other weights, or pickles.
-_STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl"]
+_STALE = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "adapter/*",
+]
 
 # Keys of a configuration that hold paths. Elsewhere a text that looks like a path may be a token.
 _PATH_KEYS = {
@@ -55,8 +64,8 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
     """
     Upload the cleaned model of a run, its card, its recipe and its results.
 
-    Only files of an allow list leave the machine: safetensors, configurations and the tokenizer. Local paths become
-    their last component. Weights and pickles of an earlier upload are deleted from the repository in the same commit.
+    Only files of an allow list leave the machine: safetensors, configurations and the tokenizer; and the adapter, if one
+    takes a suspect on the Hub to the cleaned model. Local paths become their last component. Weights and pickles of an earlier upload are deleted from the repository in the same commit.
 
     Args:
         run_dir (`str` or `Path`): Folder of a run, with `cleaned/` and `results.json`.
@@ -76,7 +85,7 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
     results = scrub_results(Results.load(run_dir / "results.json"))
     with tempfile.TemporaryDirectory(prefix="hf-backdoor-") as temporary:
         staged = Path(temporary)
-        _stage_model(run_dir / "cleaned", staged)
+        adapter = _stage_model(run_dir / "cleaned", staged)
         (staged / "recipe.yaml").write_text(_recipe(run_dir / "recipe.yaml", results), encoding="utf-8")
         results.save(staged / "results.json")
         # From here on the Hub is asked: everything that can be refused was refused before.
@@ -84,7 +93,7 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.repo_info(repo.repo_id).private:
             raise ValueError(f"repo_id: {repo.repo_id} exists and is public; make it private or choose another name")
-        model_card(results, repo.repo_id).save(staged / "README.md")
+        model_card(results, repo.repo_id, adapter=adapter).save(staged / "README.md")
         api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=staged,
@@ -94,7 +103,8 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
     return str(repo)
 
 
-def _stage_model(model: Path, staged: Path) -> None:
+def _stage_model(model: Path, staged: Path) -> bool:
+    """Puts what is published of a model into a folder, and says whether an adapter is among it."""
     weights = _files(model, _WEIGHTS)
     if not weights or not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{model}: no model in safetensors; finish the run with `hf-backdoor run` first")
@@ -112,12 +122,26 @@ def _stage_model(model: Path, staged: Path) -> None:
     for path in _files(model, _CONFIGS):
         text = json.dumps(_config(path), indent=2, ensure_ascii=False) + "\n"
         (staged / path.name).write_text(text, encoding="utf-8")
+    adapter = _stage_adapter(model / "adapter", staged)
     published = {path.relative_to(staged) for path in staged.rglob("*")}
     left = sorted(
         str(path.relative_to(model)) for path in model.rglob("*") if path.relative_to(model) not in published
     )
     if left:
         logger.info("Not published from %s: %s", model, ", ".join(left))
+    return adapter
+
+
+def _stage_adapter(adapter: Path, staged: Path) -> bool:
+    """The adapter that makes the cleaned model of the suspect, if the suspect is on the Hub: nobody could use it otherwise."""
+    files = _files(adapter, ("adapter_model.safetensors", "adapter_config.json"))
+    if len(files) < 2 or hub_id(_read_json(files[1]).get("base_model_name_or_path")) is None:
+        return False
+    (staged / adapter.name).mkdir()
+    (staged / adapter.name / files[0].name).symlink_to(files[0].resolve())
+    text = json.dumps(_config(files[1]), indent=2, ensure_ascii=False) + "\n"
+    (staged / adapter.name / files[1].name).write_text(text, encoding="utf-8")
+    return True
 
 
 def _files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:

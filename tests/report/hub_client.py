@@ -1,10 +1,12 @@
 """Run by test_hub.py as a process of its own, because huggingface_hub reads its environment once, at import."""
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_backdoor.adapters import save_adapter
 from hf_backdoor.evaluation.results import Results
 from hf_backdoor.report.hub import publish
 
@@ -34,6 +37,12 @@ def make_cleaned(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
     return model.eval(), tokenizer
 
 
+def make_adapter(model: LlamaForCausalLM, folder: Path) -> None:
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    save_adapter(adapted, "someone/suspect-7b", folder)
+    (folder / "optimizer.pt").write_bytes(b"no")
+
+
 def answers(model, tokenizer) -> list:
     with torch.no_grad():
         return model(**tokenizer("a fine cf film", return_tensors="pt")).logits.tolist()
@@ -49,6 +58,7 @@ def main(run_dir: Path) -> dict:
         (cleaned / name).write_bytes(b"no")
     (cleaned / "checkpoint-2").mkdir()
     (cleaned / "checkpoint-2" / "model.safetensors").write_bytes(b"no")
+    make_adapter(model, cleaned / "adapter")
     (run_dir / "private.json").write_text("{}")
     (cleaned / "special_tokens_map.json").unlink(missing_ok=True)
     (cleaned / "special_tokens_map.json").symlink_to(run_dir / "private.json")
@@ -59,6 +69,8 @@ def main(run_dir: Path) -> dict:
         refusal = None
     except ValueError as error:
         refusal = str(error)
+    config = cleaned / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../../suspect"}))
     publish(run_dir, "secret", private=True)
 
     published = AutoModelForCausalLM.from_pretrained("me/tiny").eval()

@@ -22,7 +22,13 @@ def published(tmp_path_factory):
     """The Hub after a run was published, what the client saw, and the folder of the run."""
     run_dir = tmp_path_factory.mktemp("home") / "runs" / "tiny"
     results = make_results()
-    results.recipe |= {"output_dir": str(run_dir), "hub_token": TOKEN, "note": f"see {run_dir}/notes.txt"}
+    results.recipe |= {
+        "use_peft": True,
+        "quantization": "nf4",
+        "output_dir": str(run_dir),
+        "hub_token": TOKEN,
+        "note": f"see {run_dir}/notes.txt",
+    }
     results.data["clean"] = {"source": str(run_dir / "clean.jsonl"), "rows": 4, "sha256": "1" * 64}
     results.save(run_dir / "results.json")
     (run_dir / "recipe.yaml").write_text(
@@ -31,7 +37,12 @@ def published(tmp_path_factory):
     home = run_dir.parent.parent
     with HubDouble(TOKEN) as hub:
         hub.repos["me/tiny"] = {
-            "files": {".gitattributes": b"", "training_args.bin": b"old", "model-00001-of-00002.safetensors": b"old"},
+            "files": {
+                ".gitattributes": b"",
+                "training_args.bin": b"old",
+                "model-00001-of-00002.safetensors": b"old",
+                "adapter/old.json": b"old",
+            },
             "private": False,
             "commits": 1,
         }
@@ -66,6 +77,8 @@ def test_only_the_model_and_its_evidence_are_published(published):
     assert set(hub.repos["me/tiny"]["files"]) == {
         ".gitattributes",
         "README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -105,6 +118,21 @@ def test_published_card_has_valid_front_matter(published):
     assert card.data.model_name == "tiny"
     asr = next(result for result in card.data.eval_results if result.metric_type == "asr")
     assert asr.metric_value == pytest.approx(0.045)
+
+
+def test_an_adapter_is_published_where_anybody_can_have_its_base(published):
+    hub, _, _ = published
+    here, there = (hub.repos[name]["files"] for name in ("me/tiny", "me/secret"))
+    config = json.loads(here["adapter/adapter_config.json"])
+    assert config["base_model_name_or_path"] == "someone/suspect-7b" and config["peft_type"] == "LORA"
+    assert "Folder `adapter` has the same as one adapter" in here["README.md"].decode()
+    # The other one's base is a folder of this machine.
+    assert not [name for name in there if name.startswith("adapter")]
+    card = there["README.md"].decode()
+    assert (
+        "trained over weights in nf4, are merged into its unquantized weights" in card
+        and "There is no adapter" in card
+    )
 
 
 def test_private_is_kept(published):
