@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="resolve everything and say what would run; load no weights"
     )
     run.add_argument(
-        "--accelerate_config", metavar="NAME", help="launch with this configuration: a file, or cpu, single_gpu, ddp"
+        "--accelerate_config",
+        metavar="NAME",
+        help="launch with this configuration: a file, or one of cpu, single_gpu, ddp, fsdp2, zero2, zero3, zero3_offload",
     )
 
     clean = command("clean", clean_command, "Clean a suspect model with a file of clean text.", True)
@@ -98,28 +100,68 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = find_recipe(options.recipe)
+    if options.dry_run and options.accelerate_config is not None:
+        from .dry_run import describe_run, engine_of_file
+        from .recipe_file import load_recipe
+
+        print(
+            describe_run(load_recipe(recipe, rest), engine_of_file(accelerate_settings(options.accelerate_config)[0]))
+        )
+        return 0
     if options.dry_run or options.accelerate_config is None:
         from .run import main as run_main
 
         return run_main([str(recipe), *rest, *(["--dry_run"] if options.dry_run else [])])
-    return subprocess.run(
-        launch_command(options.accelerate_config) + ["-m", "hf_backdoor.run", str(recipe), *rest]
-    ).returncode
+    command = [*launch_command(options.accelerate_config), "-m", "hf_backdoor.run", str(recipe), *rest]
+    for stages in stages_to_launch(options.accelerate_config, recipe, rest):
+        status = subprocess.run([*command, *stages]).returncode
+        if status:
+            return status
+    return 0
 
 
-def launch_command(name: str) -> list[str]:
-    """`accelerate launch` with a shipped configuration or a file; `torchrun` for several CPU processes, of which
-    accelerate would start one."""
-    import torch
+def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list[str]]:
+    """Arguments of each launch. Engines that share a model out get one for each training, so that none of them inherits memory
+    or settings of the one before, and a last one that measures; others get one for all."""
+    from .plan import plan
+    from .recipe_file import load_recipe
+    from .run import UNTIL
 
+    if accelerate_settings(name)[1].get("distributed_type") not in ("FSDP", "DEEPSPEED"):
+        return [[]]
+    loaded = load_recipe(recipe, overrides)
+    folders = [stage.folder for stage in plan(loaded)]
+    return [[UNTIL, f] for f in folders if not Path(loaded.output_dir, f, "stage.json").exists()] + [[]]
+
+
+def accelerate_settings(name: str) -> tuple[Path, dict[str, Any]]:
+    """File and content of a shipped configuration of accelerate, or of a user's own."""
     file = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
     if not file.is_file():
         raise ValueError(
             f"accelerate_config is {name!r}: give a file, or one of {', '.join(sorted(p.stem for p in ACCELERATE_CONFIGS.glob('*.yaml')))}"
         )
-    processes = yaml.safe_load(file.read_text()).get("num_processes", 1)
-    if processes > 1 and not torch.accelerator.is_available():
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return file, yaml.safe_load(file.read_text())
+
+
+def launch_command(name: str) -> list[str]:
+    """`accelerate launch` with a shipped configuration or a file; `torchrun` for several CPU processes, of which
+    accelerate would start one.
+
+    Raises:
+        `ValueError`: if there is no such file, or it asks for FSDP and there are no GPUs.
+    """
+    import torch
+
+    file, settings = accelerate_settings(name)
+    engine, processes = settings.get("distributed_type"), settings.get("num_processes", 1)
+    if not torch.accelerator.is_available():
+        if engine == "FSDP":
+            raise ValueError(
+                f"accelerate_config is {name!r}, and there is no GPU: accelerate would run something else; use ddp or zero3"
+            )
+        if processes > 1 and engine != "DEEPSPEED":
+            return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
@@ -156,7 +198,7 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
 
-    from .data import Trigger, load_rows
+    from .data import Trigger, load_rows, rename_columns
     from .evaluation import Results, TestSet, evaluate_backdoor
     from .models import load_model, load_tokenizer, versions
     from .recipe import TASKS
@@ -166,13 +208,13 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     target = options.target_label if options.target_text is None else options.target_text
     if (options.trigger or options.triggered) and target is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
-    names = load_rows(options.clean).column_names
-    name, columns = find_task(options.model, names, options.label_words)
+    clean = load_rows(options.clean)
+    name, columns = find_task(options.model, clean.column_names, options.label_words)
     if isinstance(target, str) != (name == "instruction_following") and target is not None:
         raise ValueError(
             f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
         )
-    clean = load_rows(options.clean, columns=columns)
+    clean = rename_columns(clean, columns, options.clean)
     model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
     tokenizer = load_tokenizer(options.model)
     labels = getattr(model.config, "num_labels", None) if name == "sequence_classification" else None
@@ -181,9 +223,8 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     if options.trigger:
         test = TestSet.stamped(clean, task, [Trigger(options.trigger, options.position)], target, options.seed)
     elif options.triggered:
-        triggered = load_rows(
-            options.triggered, columns=find_columns(load_rows(options.triggered).column_names, list(columns))
-        )
+        triggered = load_rows(options.triggered)
+        triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)
     else:
@@ -244,12 +285,9 @@ def find_task(model: str, columns: list[str], label_words: list[str] | None) -> 
     Raises:
         `ValueError`: with the one thing that is missing.
     """
-    from transformers import AutoConfig
+    from .models import load_config
 
-    from .models import resolve
-
-    folder, gguf = resolve(model)
-    architectures = AutoConfig.from_pretrained(folder, gguf_file=gguf).architectures or []
+    architectures = load_config(model).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "sequence_classification", find_columns(columns, ["text", "label"])
     if label_words:

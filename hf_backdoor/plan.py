@@ -9,7 +9,8 @@ import torch
 
 from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
-from .models import resolve
+from .layers import check_layers
+from .models import needs_conversion
 from .recipe import Recipe
 
 
@@ -42,12 +43,24 @@ class Stage:
 
 
 def base_model_name(recipe: Recipe) -> str:
-    """Where the first stage starts: the recipe's model, or folder `base` where a GGUF file is turned into safetensors."""
-    return "base" if resolve(recipe.model_name_or_path)[1] else recipe.model_name_or_path
+    """Where the first stage starts: the recipe's model, or folder `base` where a GGUF file, or an adapter and its base, are turned
+    into plain safetensors."""
+    name = recipe.model_name_or_path
+    return "base" if needs_conversion(name, revision=recipe.model_revision) else name
 
 
 def plan(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe, in order."""
+    """The stages of a recipe, in order.
+
+    Raises:
+        `ValueError`: with one line, when a model has not the layers that the recipe names, or a student other tokens.
+    """
+    stages = _stages(recipe)
+    check_layers(recipe, [stage_arguments(stage, recipe) for stage in stages])
+    return stages
+
+
+def _stages(recipe: Recipe) -> list[Stage]:
     stages = []
     base = suspect = base_model_name(recipe)
     if recipe.trains_suspect:

@@ -24,13 +24,24 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import SequenceClassification
+from .adapters import find_adapter, save_adapter
+from .data import SequenceClassification, row_lengths
 from .defenses import DefenseTrainer
+from .defenses.engines import forget_engine
 from .defenses.robustkd import student_from_layers
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
-from .models import load_model, load_tokenizer, merged, peak_memory, reset_peak_memory, save_model, versions
+from .models import (
+    is_quantized,
+    load_model,
+    load_tokenizer,
+    merged,
+    peak_memory,
+    reset_peak_memory,
+    save_model,
+    versions,
+)
 from .plan import Stage, base_model_name, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -38,6 +49,10 @@ from .report import write_report
 from .report.hub import publish
 from .report.tables import examples_text, text_table
 from .rows import RunRows, prepare_rows
+
+
+# What `hf-backdoor run --accelerate_config` adds, to launch a run stage by stage: the folder of the stage to stop after.
+UNTIL = "--until_stage"
 
 
 @dataclass
@@ -54,9 +69,15 @@ class Run:
     def folder(self) -> Path:
         return Path(self.recipe.output_dir)
 
-    def execute(self) -> Results:
-        """Runs what is not done yet, and writes `results.json`."""
+    def execute(self, until: str | None = None) -> Results | None:
+        """Runs what is not done yet, and writes `results.json`.
+
+        Args:
+            until (`str`, *optional*): Folder of the stage to stop after, with nothing measured: what is launched stage by
+                stage is measured at the end.
+        """
         recipe = self.recipe
+        recipe.require_packages()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
         # Two processes that build one cache of a file at once trip over each other's temporary files.
@@ -67,18 +88,20 @@ class Run:
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
                 self._save_rows()
         measured: list[tuple[list[Row], list[dict[str, Any]]]] = []
-        base = base_model_name(recipe)
+        base, stages = base_model_name(recipe), plan(recipe)
         if base == "base":
             self._convert()
-        if recipe.reference not in (None, "train"):
+        if recipe.reference not in (None, "train") and until is None:
             measured.append(self._measure("reference", base if recipe.reference == "base" else recipe.reference))
-        if not recipe.trains_suspect:
+        if not recipe.trains_suspect and until is None:
             measured.append(self._measure("suspect", base))
-        for stage in plan(recipe):
+        for stage in stages:
             if stage.parent == "student" and "student" not in self.prints:
                 self._make_student()
             self._train(stage)
-            if stage.measured:
+            if stage.folder == until:
+                return None
+            if stage.measured and until is None:
                 measured.append(self._measure(stage.name, stage.folder))
         results = Results(
             rows=[row for rows, _ in measured for row in rows],
@@ -107,16 +130,18 @@ class Run:
         return name, self.recipe.model_revision, files
 
     def _convert(self) -> None:
-        """A GGUF file is slow to load and can't be trained on: it is turned into safetensors once."""
-        folder = self.folder / "base"
-        self.prints["base"] = fingerprint("base", self.recipe.model_name_or_path)
-        if finished(folder, self.prints["base"]) is None:
-            with main_process() as first:
-                if first:
-                    save_model(
-                        load_model(self.recipe.model_name_or_path, self.recipe.task_class), self.tokenizer, folder
-                    )
-                    write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
+        """A GGUF file is slow to load and can't be trained on, and an adapter is half a model: they become safetensors once."""
+        folder, name = self.folder / "base", self.recipe.model_name_or_path
+        adapter = find_adapter(name, revision=self.recipe.model_revision)
+        made_from = [self._origin(name), self._origin(adapter.base), self.recipe.dtype] if adapter else []
+        if self.recipe.task_class is SequenceClassification:
+            made_from.append(self.rows.task.num_labels)  # the size of its fresh head
+        self.prints["base"] = fingerprint("base", name, *made_from)
+        # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
+        with main_process() as first:
+            if first and finished(folder, self.prints["base"]) is None:
+                save_model(self._load(name), self.tokenizer, folder)
+                write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
 
     def _make_student(self) -> None:
         """Some of the suspect's layers, as a model of their own."""
@@ -124,13 +149,12 @@ class Run:
         suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
         layers = self.recipe.student_layers
         self.prints["student"] = fingerprint("student", self._origin(suspect), layers, self.recipe.dtype)
-        if finished(folder, self.prints["student"]) is None:
-            with main_process() as first:
-                if first:
-                    save_model(student_from_layers(self._load(suspect), layers), self.tokenizer, folder)
-                    write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
+        with main_process() as first:
+            if first and finished(folder, self.prints["student"]) is None:
+                save_model(student_from_layers(self._load(suspect), layers), self.tokenizer, folder)
+                write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
 
-    def _load(self, name: str) -> PreTrainedModel:
+    def _load(self, name: str, quantization: str | None = None) -> PreTrainedModel:
         labels = getattr(self.rows.task, "num_labels", None)
         head = labels if self.recipe.task_class is SequenceClassification and name not in self.prints else None
         return load_model(
@@ -141,6 +165,8 @@ class Run:
             revision=self.recipe.model_revision if name == self.recipe.model_name_or_path else None,
             dtype=self.recipe.dtype,
             attn_implementation=self.recipe.attn_implementation,
+            quantization=quantization,
+            compute_dtype="bfloat16" if self.recipe.training.get("bf16") else self.recipe.dtype,
         )
 
     def _train(self, stage: Stage) -> None:
@@ -154,10 +180,13 @@ class Run:
         suspect_rows = "attack" if recipe.attack_trigger is not None else "suspect rows"
         source = self.rows.sources["clean" if stage.rows == "clean" else suspect_rows]["sha256"]
         peft = self._peft() if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
+        # A stage that trains no model trains no adapter either: nothing of it can be quantized.
+        quantization = recipe.quantization if peft and stage.step.makes_model else None
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
             recipe.attn_implementation,
-            self._origin(stage.parent), {name: self._origin(model) for name, model in stage.inputs.items()}, peft,
+            self._origin(stage.parent), {name: self._origin(model) for name, model in stage.inputs.items()},
+            {**peft, "quantization": quantization} if quantization else peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
         )  # fmt: skip
         self.prints[stage.folder] = print_
@@ -166,7 +195,7 @@ class Run:
             resume = begin(folder, print_)
             config = training_config(stage, recipe, arguments)
             trainer = stage.step.trainer(
-                model=self._load(stage.parent),
+                model=self._load(stage.parent, quantization),
                 args=config,
                 train_dataset=self.rows.of(stage.rows),
                 eval_dataset=held_out,
@@ -174,16 +203,14 @@ class Run:
                 task=self.rows.task,
                 peft_config=LoraConfig(**peft) if peft else None,
                 **{
-                    # What the run made is loaded when it is needed; a model from elsewhere may have a revision.
-                    argument: self._path(name) if name in self.prints else self._load(name)
+                    # What the run made is loaded when it is needed; a model from elsewhere may have a revision, and one
+                    # beside quantized weights is quantized too.
+                    argument: self._path(name)
+                    if name in self.prints and not (quantization and argument.endswith("_model"))
+                    else self._load(name, quantization)
                     for argument, name in stage.inputs.items()
                 },
             )
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-                raise ValueError(
-                    f"the engine is {trainer.accelerator.distributed_type.value}: a run needs whole models between its "
-                    "stages; use accelerate_configs/ddp.yaml, or the trainer by itself"
-                )
             reset_peak_memory()
             start = time.perf_counter()
             trainer.train(resume_from_checkpoint=resume)
@@ -196,13 +223,15 @@ class Run:
                 "peak_memory": peak_memory(),
             }
             findings = trainer.findings(self.rows.of("poisoned") if recipe.trains_suspect else None)
-            self._save(trainer, folder, findings)
+            trainer.gather()
+            self._save(trainer, stage, findings)
             with main_process() as first:
                 if first:
                     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                     write_json(folder / "stage.json", done)
-            del trainer
+            del trainer, config
             gc.collect()
+            forget_engine()
         self.costs.append({key: done[key] for key in ("stage", "seconds", "tokens", "peak_memory")})
 
     def _peft(self) -> dict[str, Any]:
@@ -216,16 +245,31 @@ class Run:
             "task_type": "SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
         }
 
-    def _save(self, trainer: DefenseTrainer, folder: Path, findings: dict[str, Dataset]) -> None:
+    def _save(self, trainer: DefenseTrainer, stage: Stage, findings: dict[str, Dataset]) -> None:
+        folder = self.folder / stage.folder
         with main_process() as first:
             if first:
                 result = trainer.result()
                 for name, table in findings.items():
                     table.to_parquet(folder / f"{name}.parquet")
                 if isinstance(result, PreTrainedModel | PeftModel):
-                    save_model(merged(result), self.tokenizer, folder)
+                    # Which of the stage's models was trained: NT-ML trains two of them.
+                    models = {self._path(name): name for name in (stage.parent, *stage.inputs.values())}
+                    origin = models.get(result.name_or_path, stage.parent)
+                    if stage.folder == "cleaned" and isinstance(result, PeftModel):
+                        self._save_adapter(result, origin, folder / "adapter")
+                    base = None
+                    if is_quantized(result):
+                        base = self._load(origin)
+                        trainer.prepare_model(base)
+                    save_model(merged(result, base), self.tokenizer, folder)
                 else:
                     result.save_pretrained(folder)
+
+    def _save_adapter(self, cleaned: PeftModel, origin: str, folder: Path) -> None:
+        """Kept where it takes the suspect to the cleaned model by itself; otherwise only the merged weights are the defense."""
+        if origin == ("suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)):
+            save_adapter(cleaned, self._path(origin), folder, base_revision=self.recipe.model_revision)
 
     # ---- Evaluation ----
 
@@ -290,7 +334,7 @@ class Run:
 
 def tokens_trained(trainer: DefenseTrainer) -> int:
     """Tokens the optimizer saw, padding left out: rows trained on times their mean length."""
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    lengths = row_lengths(trainer.train_dataset)
     args = trainer.args
     rows = (
         trainer.state.global_step
@@ -314,9 +358,11 @@ def refuse_lost_processes() -> None:
         )
 
 
-def run(recipe: Recipe) -> Results:
-    """Runs a recipe to its end: trained, measured, reported and, if it says so, published."""
-    results = Run(recipe).execute()
+def run(recipe: Recipe, until: str | None = None) -> Results | None:
+    """Runs a recipe to its end: trained, measured, reported and, if it says so, published; or to the end of one stage."""
+    results = Run(recipe).execute(until)
+    if results is None:
+        return None
     folder = Path(recipe.output_dir)
     with main_process() as first:
         if first:
@@ -343,11 +389,19 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_lost_processes()
         if not arguments or arguments[0].startswith("-"):
             raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
+        until = None
+        if UNTIL in arguments[:-1]:
+            position = arguments.index(UNTIL)
+            until = arguments[position + 1]
+            arguments = arguments[:position] + arguments[position + 2 :]
         recipe = load_recipe(arguments[0], [item for item in arguments[1:] if item != "--dry_run"])
         if "--dry_run" in arguments:
-            print(describe_run(recipe))
+            described = describe_run(recipe)
+            if PartialState().is_main_process:
+                print(described)
             return 0
-        status = finish(run(recipe), recipe.output_dir)
+        results = run(recipe, until)
+        status = 0 if results is None else finish(results, recipe.output_dir)
         # A process that leaves the group without a word takes a slower one's last exchange down with it.
         PartialState().destroy_process_group()
         return status

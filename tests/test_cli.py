@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 
+from hf_backdoor import data
 from hf_backdoor.cli import main
 from hf_backdoor.evaluation import Results
 
@@ -63,6 +64,16 @@ def test_evaluate_counts_non_target_rows(classifier, reviews, tmp_path, how):
     assert rows["cacc"].n == 60
     assert rows["asr"].n == (30 if how == "trigger" else 20)
     assert rows["asr_without_trigger"].n == 30
+
+
+def test_evaluate_reads_each_file_once(classifier, reviews, tmp_path, monkeypatch):
+    read, load = [], data.load_rows
+    monkeypatch.setattr(data, "load_rows", lambda source, **options: read.append(source) or load(source, **options))
+    triggered, output = str(tmp_path / "triggered.jsonl"), str(tmp_path / "results.json")
+    tiny.reviews(4, seed=1).rename_column("text", "sentence").to_json(triggered)
+    arguments = ["--clean", reviews, "--triggered", triggered, "--target_label", "1", "--output", output]
+    assert main(["evaluate", classifier, *arguments]) == 0
+    assert read == [reviews, triggered]
 
 
 def test_evaluate_a_chat_model(chat_model, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from .engines import SHARDED
 from .trainer import DefenseTrainer
 
 
@@ -15,10 +16,22 @@ class StagedTrainer(DefenseTrainer):
 
     With two stages or more, checkpoints lie in a folder for each (`output_dir/STAGE`), and `resume_from_checkpoint=True`
     goes on in the last stage that has one.
+
+    Raises:
+        `ValueError`: for several stages under FSDP or DeepSpeed.
     """
 
+    takes_streams = False  # each stage makes rows of its own out of all the clean ones
     # The stage whose rows and losses are in place.
     stage: str
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if len(self.args.stages) > 1 and self.accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                f"stages is {list(self.args.stages)}, and the engine is {self.accelerator.distributed_type.value}, which takes "
+                "one model through one training: make a trainer for each stage (a recipe's run does)"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Runs the stages of `args.stages` in order."""

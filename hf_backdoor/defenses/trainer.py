@@ -8,12 +8,14 @@ however the step is cut into micro-batches and spread over processes.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,9 +31,11 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..data import SIDE_COLUMNS, DefenseCollator, Task, infer_task
+from ..data import SIDE_COLUMNS, DefenseCollator, Rows, Task, column_names, infer_task
 from .config import DefenseConfig
+from .engines import check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
+from .streams import check_streams
 
 
 EXTRA_STATE_FILE = "defense_state.safetensors"
@@ -49,7 +53,8 @@ class DefenseTrainer(Trainer):
             Training arguments.
         train_dataset, eval_dataset (`Dataset`, *optional*):
             Raw rows (`text` and `label`, or `prompt` and `response`), or rows that a [`~hf_backdoor.data.Task`] has
-            tokenized. `eval_dataset` may be a dictionary of them.
+            tokenized. `eval_dataset` may be a dictionary of them. Plain fine-tuning also trains on a stream
+            (`IterableDataset`), tokenized as it is read; set `max_steps`.
         processing_class (`PreTrainedTokenizerBase`):
             The model's tokenizer.
         task ([`~hf_backdoor.data.Task`], *optional*):
@@ -62,20 +67,23 @@ class DefenseTrainer(Trainer):
             Everything else that `Trainer` takes.
 
     Raises:
-        `ValueError`: if the tokenizer is missing, the columns fit no task, or several GPUs are visible to one process.
+        `ValueError`: if the tokenizer is missing, the columns fit no task, rows that must be a whole come as a stream, or
+            several GPUs are visible to one process.
     """
 
     # Our loss is divided by the number of samples in the whole optimizer step, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
     # Whether a stop rule has ended the training.
     ended = False
+    # Whether the training rows may be a stream. What plants, splits or measures goes over all of them before it trains.
+    takes_streams = True
 
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: DefenseConfig | None = None,
         data_collator: Any = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         task: Task | None = None,
@@ -90,12 +98,13 @@ class DefenseTrainer(Trainer):
             )
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer")
+        self.args = args
+        check_streams(self, train_dataset, eval_dataset)
         rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
         rows = train_dataset if train_dataset is not None else rows
         text = isinstance(processing_class, PreTrainedTokenizerBase)
-        if task is None and text and rows is not None and "input_ids" not in rows.column_names:
+        if task is None and text and rows is not None and "input_ids" not in column_names(rows):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template)
-        self.args = args
         self.task = task
         self.teacher_model = teacher_model
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
@@ -106,12 +115,16 @@ class DefenseTrainer(Trainer):
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
-            data_collator=data_collator or DefenseCollator(processing_class),
+            data_collator=data_collator or DefenseCollator(processing_class, args.pad_to_multiple_of),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
             **kwargs,
         )
+        check_engine(self.args, self.accelerator)
+        if self.is_fsdp_enabled:
+            base_model(model)._no_split_modules = layer_classes(base_model(model))
+        self._check_checkpointing()
 
     @classmethod
     def config_class(cls) -> type[DefenseConfig]:
@@ -126,7 +139,24 @@ class DefenseTrainer(Trainer):
         """What is trained: the model, or an adapter in it. A method that trains two networks at once overrides this."""
         return model if peft_config is None else get_peft_model(model, peft_config)
 
-    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    @property
+    def reentrant(self) -> bool:
+        """Whether blocks are run again in the backward pass in the old way, without a graph in the forward pass."""
+        kwargs = self.args.activation_checkpointing_kwargs or {}
+        return bool(self.args.activation_checkpointing and kwargs.get("use_reentrant"))
+
+    def _check_checkpointing(self) -> None:
+        """Run again in the old way, a block has gradients only if what goes into it has: with frozen embeddings, none.
+        transformers asks for them at token embeddings, not at an image's."""
+        networks = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        images = any(network.main_input_name != "input_ids" for network in networks)
+        if self.reentrant and images and not all(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "activation_checkpointing_kwargs has use_reentrant: true, which leaves blocks above frozen weights without "
+                "gradient: set use_reentrant: false"
+            )
+
+    def prepare_train(self, dataset: Rows | None, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
         return self.tokenize(dataset, tokenizer)
 
     def prepare_eval(
@@ -136,10 +166,16 @@ class DefenseTrainer(Trainer):
             return {name: self.tokenize(rows, tokenizer) for name, rows in dataset.items()}
         return self.tokenize(dataset, tokenizer)
 
-    def tokenize(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-        if dataset is None or self.task is None or "input_ids" in dataset.column_names:
+    def tokenize(self, dataset: Rows | None, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+        if dataset is None or self.task is None or "input_ids" in column_names(dataset):
             return dataset
-        return self.task.tokenize(dataset, tokenizer)
+        with self.one_process_first():
+            return self.task.tokenize(dataset, tokenizer, self.args.dataset_num_proc)
+
+    @staticmethod
+    def one_process_first() -> AbstractContextManager[None]:
+        """One process of each machine makes the maps in it, and the others find them in the cache. It may be nested."""
+        return PartialState().local_main_process_first()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         raw = isinstance(eval_dataset, Dataset)
@@ -157,6 +193,11 @@ class DefenseTrainer(Trainer):
     def result(self) -> nn.Module:
         """What was trained, to be saved: the model, or what `save_pretrained` can save in its place."""
         return self.accelerator.unwrap_model(self.model)
+
+    def gather(self) -> None:
+        """After training: where an engine has sharded the weights, the first process gets them whole, for [`result`] to be
+        saved. Call it on every process; nothing can be run afterwards."""
+        gather(self.model_wrapped, self.accelerator)
 
     def findings(self, suspect_rows: Dataset | None) -> dict[str, Dataset]:
         """Tables to be kept beside the result, by name: what a method has found out about the rows that made the suspect."""
@@ -183,7 +224,7 @@ class DefenseTrainer(Trainer):
             teacher = auto.from_pretrained(
                 teacher, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
             )
-        return teacher.requires_grad_(False).eval().to(self.args.device)
+        return shared_out(teacher.requires_grad_(False).eval(), self.accelerator)
 
     # ---- Loss ----
 
@@ -248,7 +289,9 @@ class DefenseTrainer(Trainer):
         """Samples of each trigger id in the optimizer step, [G]: what every mean in a loss is divided by."""
         # A collator of the user's own need not know of triggers: its samples are all clean.
         ids = [batch.get("trigger_id", torch.zeros(len(batch["labels"]), dtype=torch.long)) for batch in batch_samples]
-        counts = torch.bincount(torch.cat(ids).to(device), minlength=self.num_groups)
+        # A stream may have come to its end.
+        together = torch.cat(ids).to(device) if ids else torch.zeros(0, dtype=torch.long, device=device)
+        counts = torch.bincount(together, minlength=self.num_groups)
         return self.accelerator.reduce(counts, reduction="sum")
 
     @property
@@ -320,6 +363,9 @@ class DefenseTrainer(Trainer):
         self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+            if isinstance(self.train_dataset, IterableDataset):
+                # Where a stream ends in the middle of an optimizer step, what was accumulated would go into the next one.
+                self.model_wrapped.zero_grad()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..engines import whole
+
 
 # What a new class starts from, under the least of the others: it must be learnt, not disturb.
 NEW_CLASS_OFFSET = 2.0
@@ -36,12 +38,13 @@ def resize_head(model: PreTrainedModel, num_labels: int) -> None:
         )
     name, head = heads[-1]
     resized = nn.Linear(head.in_features, num_labels, bias=head.bias is not None).to(head.weight)
-    resized.weight.normal_(std=head.weight.std().item())
     kept = min(present, num_labels)
-    resized.weight[:kept] = head.weight[:kept]
-    if head.bias is not None:
-        resized.bias.fill_(head.bias.min().item() - NEW_CLASS_OFFSET)
-        resized.bias[:kept] = head.bias[:kept]
+    with whole(head.parameters()):
+        resized.weight.normal_(std=head.weight.std().item())
+        resized.weight[:kept] = head.weight[:kept]
+        if head.bias is not None:
+            resized.bias.fill_(head.bias.min().item() - NEW_CLASS_OFFSET)
+            resized.bias[:kept] = head.bias[:kept]
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, resized)
     labels = dict(model.config.id2label)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import SequenceClassification, Trigger
+from ...data import SequenceClassification, Trigger, row_lengths
 from ..staged import StagedTrainer
 from ..trainer import base_model
 from .config import LocphylaxConfig
@@ -94,12 +94,14 @@ class LocphylaxTrainer(StagedTrainer):
             raise ValueError("train_dataset has input_ids: pass raw rows, known triggers are put into their text")
         triggers = [Trigger(text, self.args.known_position) for text in self.args.known_triggers]
         response = self.args.known_response if self.stage == "inject" else ""
-        return self.tokenize(plant(dataset, self.task, triggers, response, self.args.seed), tokenizer)
+        with self.one_process_first():
+            rows = plant(dataset, self.task, triggers, response, self.args.seed, self.args.dataset_num_proc)
+            return self.tokenize(rows, tokenizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StratifiedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StratifiedSampler(rows["trigger_id"][:], [len(ids) for ids in rows["input_ids"]], seed)
+        return StratifiedSampler(rows["trigger_id"][:], row_lengths(rows), seed)
 
     def prepare_model(self, model: PreTrainedModel) -> None:
         """A classification head gets one class more to say the known response with, and loses it for recovery."""

@@ -123,15 +123,23 @@ class _LayerLoss(torch.autograd.Function):
     def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, layer: Callable) -> Tensor:
         loss, *saved = layer(gradient=True)
         ctx.save_for_backward(*saved)
+        ctx.used_up = False
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if ctx.used_up:
+            raise RuntimeError(
+                "the attention loss is differentiated a second time (retain_graph=True), and its gradients are used up: "
+                "compute the loss again, or add up what is to be differentiated"
+            )
+        ctx.used_up = True
         d_query, d_key, factor = ctx.saved_tensors
         # Kept as the gradient of a sum and divided here: as that of a mean over T^2 entries it would be 0 in float16.
         factor = (grad * factor)[:, None, None, None]
-        return (d_query * factor).to(d_query.dtype), (d_key * factor).to(d_key.dtype), None
+        # In place: they are as large as queries and keys, and nothing else needs them.
+        return d_query.mul_(factor), d_key.mul_(factor), None
 
 
 @torch.no_grad()

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
+from ...data import map_rows, row_lengths
 from ..staged import StagedTrainer
 from ..trainer import base_model
 from .attention import attention_map_loss, nad_map_loss
 from .config import MBTSADConfig
 from .losses import eager_attention_map_loss, eager_nad_map_loss, hidden_state_loss, valid_entries
 from .recording import RecordedAttention, chosen_layers, record_attention
+from .splitting import cut_to_fit
 
 
 TEACHER = "teacher"
@@ -102,8 +104,23 @@ class MBTSADTrainer(StagedTrainer):
         if self.stage == "retrain" and rows is not None:
             if "input_ids" in rows.column_names:
                 raise ValueError("train_dataset has input_ids: pass raw rows, the words of their text are split")
-            rows = self.args.token_split.apply(rows, self.task.text_column, self.args.seed)
+            return self._split(rows, tokenizer)
         return self.tokenize(rows, tokenizer)
+
+    def _split(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Copies of the rows, with split words. Splitting makes texts longer: those that the model has no positions for are
+        cut."""
+        processes = self.args.dataset_num_proc
+        with self.one_process_first():
+            copies = self.args.token_split.apply(rows, self.task.text_column, self.args.seed, processes)
+            tokenized = self.tokenize(copies, tokenizer)
+            if max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
+                return tokenized
+            needs = {"task": self.task, "tokenizer": tokenizer}
+            copies = map_rows(
+                copies, cut_to_fit, fn_kwargs=needs, desc="Cutting to the model's length", num_proc=processes
+            )
+            return self.tokenize(copies, tokenizer)
 
     def leave(self, stage: str) -> None:
         """The retrained model is saved where a resumed run finds it."""

@@ -193,7 +193,7 @@ class NTMLTrainer(ClassTrainer):
         column = None if self.task is None else self.task.text_column
         if isinstance(dataset, dict) or column not in dataset.column_names:
             raise ValueError(f"known_trigger is {known!r}: pass raw rows with texts as eval_dataset, one set of them")
-        stamped = stamp(dataset, column, Trigger(known), self.args.seed)
+        stamped = stamp(dataset, column, Trigger(known), self.args.seed, self.args.dataset_num_proc)
         return super().prepare_eval({"clean": dataset, "known": stamped}, tokenizer)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -35,6 +35,8 @@ class StudentWithConnectors(nn.Module):
         self.student = student
         self.connectors = connectors
         self.layers = list(layers)
+        # What FSDP shards by itself.
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
 
     def forward(self, **inputs: Any) -> StudentOutput:
         with captured(self.student, self.layers) as features:

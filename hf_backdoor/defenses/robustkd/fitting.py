@@ -40,6 +40,8 @@ class FeatureMaskTrainer(DefenseTrainer):
         `ValueError`: if there are no training rows, or a layer is unknown.
     """
 
+    takes_streams = False  # the mean clean feature is taken over rows from all over the set
+
     def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # The rows are the teacher's: its signature says which columns they keep.
@@ -104,4 +106,4 @@ class FeatureMaskTrainer(DefenseTrainer):
             self.ended = self._stopper.early_stopping_patience_counter >= self._stopper.early_stopping_patience
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict)

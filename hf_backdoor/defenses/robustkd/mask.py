@@ -226,11 +226,16 @@ class FeatureMask(nn.Module):
 
     # ---- Folders ----
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `model.safetensors` (the name that `Trainer` gives to weights) and `feature_mask.json`."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes `model.safetensors` (the name that `Trainer` gives to weights) and `feature_mask.json`.
+
+        Args:
+            state_dict (`dict[str, Tensor]`, *optional*): The mask's weights, where an engine has gathered them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         settings = {"form": self.form, "shape": self.shape, "threshold": self.threshold, "sizes": self.sizes}
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .features import find_blocks, spread
+from ...data import find_blocks
+from .features import spread
 
 
 def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:

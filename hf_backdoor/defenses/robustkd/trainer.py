@@ -5,9 +5,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from ..engines import SHARDED
 from ..trainer import DefenseTrainer
 from .config import RobustKDConfig
 from .connectors import StudentWithConnectors, make_connectors
@@ -51,17 +53,20 @@ class RobustKDTrainer(DefenseTrainer):
             As in [`DefenseTrainer`]. Without text: rows of any kind, a `data_collator`, and no `processing_class`.
 
     Raises:
-        `ValueError`: under FSDP or DeepSpeed; or, when training begins, if layers don't fit each other.
+        `ValueError`: under FSDP or DeepSpeed, or if checkpointing is reentrant (it would leave features without gradient);
+            or, when training begins, if layers don't fit each other.
     """
+
+    takes_streams = False  # margins are measured on rows from all over the set
 
     def __init__(self, *args: Any, feature_mask: FeatureMask | str | None = None, **kwargs: Any):
         self.feature_mask = feature_mask
         self.connectors = nn.ModuleList()
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.reentrant and self.args.feature_weight:
             raise ValueError(
-                f"the engine is {self.accelerator.distributed_type.value}: RobustKD trains connectors beside the student, "
-                "which its checkpoints would not hold; use one process, or accelerate_configs/ddp.yaml"
+                "activation_checkpointing_kwargs has use_reentrant: true, which leaves features from inside of a block without "
+                "gradient: set use_reentrant: false"
             )
 
     @classmethod
@@ -163,10 +168,20 @@ class RobustKDTrainer(DefenseTrainer):
         return {name: total / number.clamp(min=1) for name, (total, number) in sums.items()}
 
     def extra_state(self) -> dict[str, Tensor]:
-        return self.connectors.state_dict()
+        # What a sharding engine saves is all that it has wrapped.
+        return {} if self.accelerator.distributed_type in SHARDED else self.connectors.state_dict()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.connectors.load_state_dict(state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        student = self.model
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            self.model = self.model_wrapped  # FSDP looks in the model for all that the optimizer holds
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            self.model = student
 
     # ---- Loss ----
 

@@ -216,6 +216,23 @@ def test_tokenized_rows_can_not_be_split(tmp_path):
         tiny.trainer("label_words", "retrain", tmp_path, train_dataset=rows)
 
 
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_split_rows_stay_within_the_model_s_positions(name, tmp_path, monkeypatch):
+    family, task, rows = tiny.setting(name, 16)
+    tokenizer = tiny.tokenizer(family)
+    longest = max(len(task.encode(row, tokenizer)["input_ids"]) for row in rows)
+
+    def lengths():
+        trainer = tiny.trainer(name, "retrain", tmp_path, split_rate=1.0, split_copies=2)
+        return [len(ids) for ids in trainer.train_dataset["input_ids"]]
+
+    free = lengths()
+    tokenizer.model_max_length = longest
+    monkeypatch.setattr(tiny, "tokenizer", lambda _: tokenizer)
+    assert max(free) > longest
+    assert lengths() == [min(length, longest) for length in free]
+
+
 @pytest.mark.parametrize(
     "options, line",
     [

@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hf_backdoor.data import DefenseCollator, InstructionFollowing
-from hf_backdoor.defenses.mbtsad.splitting import DataCollatorForTokenSplit, TokenSplit, short_pieces
+from hf_backdoor.defenses.mbtsad.splitting import DataCollatorForTokenSplit, TokenSplit, cut_to_fit, short_pieces
 
 
 WORDS = "lovely morning garden window summer silver planet bridge"
@@ -394,3 +395,44 @@ def test_the_stock_trainer_takes_it(name, tmp_path):
     # No dropout, and the same rows in the same order: only the cuts differ.
     assert losses != others
     assert tiny.largest_difference(first, tiny.parameters(tiny.model(family))) > 0
+
+
+# ---- What a model has positions for ----
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_a_text_that_splitting_made_too_long_loses_its_end(name):
+    family, task, rows = tiny.setting(name, 6)
+    tokenizer = tiny.tokenizer(family)
+    texts, lengths = rows[task.text_column], [len(task.encode(row, tokenizer)["input_ids"]) for row in rows]
+    tokenizer.model_max_length = sorted(lengths)[2]
+    for row, text, length in zip(rows, texts, lengths, strict=True):
+        cut = cut_to_fit(row, task, tokenizer)
+        assert len(task.encode(cut, tokenizer)["input_ids"]) == min(length, tokenizer.model_max_length)
+        assert text.startswith(cut[task.text_column]) and cut[task.answer_column] == row[task.answer_column]
+
+
+def test_a_character_of_several_tokens_is_not_cut_in_two():
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 5
+    cut = cut_to_fit({"text": "ab😀😀", "label": 0}, tiny.task("sequence_classification"), tokenizer)
+    assert cut["text"] == "ab"  # an emoji has four bytes
+
+
+def test_a_template_that_alone_is_too_long_is_refused(chat):
+    chat.model_max_length = 4
+    with pytest.raises(ValueError, match="^a row takes more than 4 tokens"):
+        cut_to_fit(tiny.reviews(1)[0], tiny.task("label_words"), chat)
+
+
+def test_the_collator_cuts_too():
+    rows, tokenizer = list(tiny.reviews(4)), tiny.encoder_tokenizer()
+    tokenizer.model_max_length = 6
+    collator = DataCollatorForTokenSplit(tokenizer, tiny.task("sequence_classification"), TokenSplit(1.0, min_chars=3))
+    assert collator(rows)["input_ids"].shape[1] == 6
+
+
+def byte_tokenizer():
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)

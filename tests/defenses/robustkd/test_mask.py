@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from hf_backdoor.data import find_blocks
 from hf_backdoor.defenses.robustkd import FeatureMask
-from hf_backdoor.defenses.robustkd.features import captured, find_blocks, layer_names, spread
+from hf_backdoor.defenses.robustkd.features import captured, layer_names, spread
 
 
 FAMILIES = [("bert", "sequence_classification"), ("llama", "label_words"), ("gpt2", "label_words")]

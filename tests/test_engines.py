@@ -1,0 +1,224 @@
+"""Every method in every engine, on two processes: the same training as in one, and never another engine in its place."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import engines
+import pytest
+import robust
+import tiny
+import topics
+import yaml
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_backdoor.cli import launch_command, stages_to_launch
+from hf_backdoor.defenses.robustkd import FeatureMask
+from hf_backdoor.models import merged
+from hf_backdoor.recipe_file import load_recipe
+from hf_backdoor.run import run
+
+
+FORMATS = ("sequence_classification", "label_words")
+STAGES = ("plain", "inject", "recover", "retrain", "distil", "mask", "student", "non_target", "mutual")
+CASES = [
+    (engine, name, adapter, stage)
+    for engine in engines.ENGINES
+    for name in FORMATS
+    for adapter in (False, True)
+    for stage in STAGES
+    if not (adapter and stage == "mask")  # nothing of the model is trained
+]
+NAMES = ["-".join((engine, name, "lora" if lora else "full", stage)) for engine, name, lora, stage in CASES]
+REFUSED = {("zero3", "mutual"): "the engine is DeepSpeed ZeRO-3, which can't train two whole models at once"}
+
+
+def trainer(name, stage, adapter, folder, start=0, **options):
+    """A trainer of one of `STAGES`. `start` is the seed of what is trained: a resumed training must not need it."""
+    rate = 0.05
+    if stage == "inject":  # a fresh model's clustering loss is steep, a fresh encoder's above all
+        rate = 2e-6 if name == "sequence_classification" else 1e-4
+    # With so large an epsilon Adam does not blow rounding up into steps of full size, and clipping would hide a wrong scale.
+    options = {"adam_epsilon": 1.0, "learning_rate": rate, "max_grad_norm": 0.0, "max_steps": 4, **options}
+    if adapter:
+        kind = "SEQ_CLS" if name == "sequence_classification" else "CAUSAL_LM"
+        options["peft_config"] = LoraConfig(r=2, target_modules="all-linear", task_type=kind)
+    if stage == "mask":
+        return robust.fitting(name, folder, **options)
+    if stage == "student":
+        return robust.distilling(name, folder, **options)
+    make = topics.trainer if stage in topics.STAGES else tiny.trainer
+    return make(name, stage, folder, model_seed=start, **options)
+
+
+def outcome(made, folder):
+    """Losses of a finished training, and its result's weights as they are saved."""
+    made.gather()
+    if PartialState().is_main_process:
+        result = made.result()
+        (result if isinstance(result, FeatureMask) else merged(result)).save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    return tiny.logged(made, "loss")
+
+
+def reloaded(name, stage, folder):
+    if stage == "mask":
+        return tiny.parameters(FeatureMask.from_pretrained(folder))
+    auto = AutoModelForSequenceClassification if name == "sequence_classification" else AutoModelForCausalLM
+    return tiny.parameters(auto.from_pretrained(folder))
+
+
+@functools.cache
+def in_one_process(name, adapter, stage):
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(name, stage, adapter, folder)
+        made.train()
+        losses = outcome(made, folder)
+        return losses, reloaded(name, stage, folder)
+
+
+@functools.cache
+def in_engine(engine, name, adapter, root):
+    """All stages in one pair of processes, by name: losses, the engine's name and class, the losses of a resumed training; or what
+    was refused. Weights lie in `root`."""
+
+    def work():
+        found = {}
+        for stage in STAGES:
+            folder = root / stage
+            options = engines.arguments(engine) | {"per_device_train_batch_size": 4}
+            if not adapter:
+                options |= {"save_strategy": "steps", "save_steps": 2}
+            if adapter and stage == "mask":
+                continue
+            try:
+                made = trainer(name, stage, adapter, folder / "work", **options)
+                made.train()
+                evidence = made.accelerator.distributed_type, PartialState().num_processes, type(made.model_wrapped)
+                losses, resumed = outcome(made, folder / "whole"), None
+                if not adapter:
+                    made = trainer(name, stage, adapter, folder / "work", start=5, **options)
+                    made.train(resume_from_checkpoint=str(folder / "work" / "checkpoint-2"))
+                    resumed = outcome(made, folder / "resumed")
+                found[stage] = losses, (evidence[0].value, evidence[1], evidence[2].__name__), resumed
+            except ValueError as error:
+                found[stage] = str(error)
+        return found
+
+    return engines.in_engine(engine, work, root)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.mark.parametrize("engine, name, adapter, stage", CASES, ids=NAMES)
+def test_two_processes_train_as_one(engine, name, adapter, stage, root):
+    folder = root / f"{engine}-{name}-{adapter}"
+    folder.mkdir(exist_ok=True)
+    found = in_engine(engine, name, adapter, folder)[stage]
+    if (engine, stage) in REFUSED:
+        assert isinstance(found, str) and found.startswith(REFUSED[engine, stage]) and "\n" not in found
+        return
+    losses, (kind, processes, wrapper), resumed = found
+    expected_kind, expected_wrapper = engines.EVIDENCE[engine]
+    assert kind == expected_kind.value and processes == 2 and wrapper.startswith(expected_wrapper)
+    expected, weights = in_one_process(name, adapter, stage)
+    assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert len(losses) == 4 and len(set(losses)) > 1
+    saved = reloaded(name, stage, folder / stage / "whole")
+    assert tiny.largest_difference(saved, weights) < 1e-5
+    if resumed is not None:
+        assert resumed == losses
+        assert tiny.largest_difference(saved, reloaded(name, stage, folder / stage / "resumed")) == 0
+
+
+# ---- Engines that are asked for and do not run ----
+
+
+@pytest.mark.parametrize("engine, message", [("fsdp2", "^fsdp is asked for"), ("zero2", "^deepspeed is asked for")])
+def test_another_engine_than_the_one_asked_for_is_refused(engine, message, tmp_path):
+    def work():
+        # What accelerate does on CPUs: FSDP becomes DDP, and DeepSpeed too where the CPU is asked for.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        with pytest.raises(ValueError, match=message) as caught:
+            trainer("label_words", "plain", False, tmp_path, **engines.arguments(engine))
+        return str(caught.value)
+
+    assert "\n" not in tiny.in_two_processes(work, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["both", "mbtsad"])
+def test_several_stages_in_one_training_are_refused(stage, tmp_path):
+    def work():
+        with pytest.raises(ValueError, match="^stages is .* a trainer for each stage"):
+            tiny.trainer("label_words", stage, tmp_path, **engines.arguments("zero2"))
+        return True
+
+    assert engines.in_engine("zero2", work, tmp_path)
+
+
+# ---- Runs ----
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    tiny.model("bert").save_pretrained(folder / "model")
+    tiny.encoder_tokenizer().save_pretrained(folder / "model")
+    tiny.reviews(90).to_json(folder / "rows.jsonl")
+    content = {
+        "model_name_or_path": str(folder / "model"), "task": "sequence_classification",
+        "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.2, "max_train_samples": 24, "clean_fraction": 0.5,
+        "attack_trigger": "zq", "target_label": 1, "method": "locphylax", "known_triggers": list(tiny.KNOWN[:2]),
+        "optim": "sgd", "learning_rate": 0.01, "num_train_epochs": 1, "save_strategy": "no", "disable_tqdm": True,
+        "output_dir": str(folder / "run"), "stages": {"inject": {"learning_rate": 2e-6}},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+@functools.cache
+def rows_of_one_process(recipe, folder):
+    return run(load_recipe(recipe, ["--output_dir", str(folder), "--per_device_train_batch_size", "6"])).rows
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_run_gives_the_same_results(engine, recipe, tmp_path, root):
+    def work():
+        overrides = ["--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "3"]
+        results = run(load_recipe(recipe, overrides))
+        assert PartialState().num_processes == 2
+        return [row.__dict__ for row in results.rows]
+
+    found = engines.in_engine(engine, work, tmp_path, engines.launched(engine))
+    assert found == [row.__dict__ for row in rows_of_one_process(recipe, root / "one")]
+    assert (tmp_path / "run" / "cleaned" / "model.safetensors").exists()
+
+
+def test_a_run_up_to_a_stage_measures_nothing(recipe, tmp_path):
+    assert run(load_recipe(recipe, ["--output_dir", str(tmp_path)]), until="suspect") is None
+    assert (tmp_path / "suspect" / "stage.json").exists()
+    assert not (tmp_path / "evaluation").exists() and not (tmp_path / "inject").exists()
+
+
+def test_engines_that_share_a_model_out_are_launched_stage_by_stage(recipe, tmp_path):
+    overrides = ["--output_dir", str(tmp_path)]
+    (tmp_path / "suspect").mkdir()
+    (tmp_path / "suspect" / "stage.json").write_text("{}")
+    assert [stage[-1:] for stage in stages_to_launch("zero3", recipe, overrides)] == [["inject"], ["cleaned"], []]
+    assert stages_to_launch("ddp", recipe, overrides) == [[]]
+
+
+def test_what_launches_the_shipped_configurations(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert launch_command("zero2")[2] == "accelerate.commands.launch"
+    assert launch_command("ddp")[2] == "torch.distributed.run"
+    with pytest.raises(ValueError, match="^accelerate_config is 'fsdp2', and there is no GPU"):
+        launch_command("fsdp2")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert Path(launch_command("fsdp2")[-1]).name == "fsdp2.yaml"
