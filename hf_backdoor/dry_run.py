@@ -1,85 +1,330 @@
 """What a run would do and need, without loading any weights."""
 
 import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+import yaml
+from accelerate.utils import str_to_bool
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
+from .attacks import EmbeddingPoisoningTrainer
 from .data import SequenceClassification
 from .defenses import DefenseConfig
-from .models import load_tokenizer, resolve
+from .defenses.mbtsad import MBTSADTrainer
+from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
+from .estimate import Engine, Load, Memory, ModelShape, flops, memory
+from .models import load_config, load_tokenizer
 from .plan import Stage, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .rows import RunRows, prepare_rows
 
 
-# AdamW in float32: weights, gradients and two moments.
-BYTES_PER_TRAINED_PARAMETER = 16
-# Values that a transformer layer keeps for the backward pass, in multiples of the hidden size for each token: the
-# usual count for a layer with a gated or plain MLP of 4 times the width and fused attention.
-ACTIVATIONS_PER_LAYER = 34
+# What of a device's memory tensors can have: the rest is CUDA's, the libraries' and the gaps in between.
+USABLE = 0.95
+# Share of a GPU's peak rate that training is taken to reach until it is measured.
+ASSUMED_UTILISATION = 0.4
 
 
-def describe_run(recipe: Recipe) -> str:
-    """Stages, rows, steps and memory of a recipe, as text. Loads configuration, tokenizer and data, never weights.
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: GiB as torch reports them, and dense operations a second (NVIDIA's data sheets)."""
+
+    name: str
+    memory: float
+    bf16: float
+    float32: float
+
+
+GPUS = (
+    Gpu("RTX 4090 24 GB", 23.5, 165e12, 82e12),
+    Gpu("L40S 48 GB", 44.4, 362e12, 91e12),
+    Gpu("A100 80 GB", 79.2, 312e12, 19.5e12),
+    Gpu("H100 80 GB", 79.1, 989e12, 67e12),
+    Gpu("H200 141 GB", 139.8, 989e12, 67e12),
+)
+
+# Rows of a stage whose length is looked at.
+SAMPLE = 1000
+# Layers whose features RobustKD compares by default: the gradient of a mask comes down to the lowest of them.
+FEATURE_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """A stage, its optimizer steps, and what one device works on in it."""
+
+    stage: Stage
+    config: DefenseConfig
+    steps: int
+    load: Load
+    memory: Memory
+    flops: float
+
+
+def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
+    """Stages, rows, steps, memory and time of a recipe, as text. Loads configuration, tokenizer and data, never weights.
+
+    Args:
+        recipe ([`Recipe`]): What to run.
+        engine ([`~hf_backdoor.estimate.Engine`], *optional*): What to run it with: by default what this process was launched
+            with.
 
     Raises:
         `ValueError`: in one line, for whatever the run itself would refuse.
     """
+    recipe.require_packages()
     tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
     rows = prepare_rows(recipe, tokenizer)
-    trained, total, layers, hidden = model_size(recipe, rows)
+    models = Models(recipe, getattr(rows.task, "num_labels", None))
+    shape = ModelShape.of(models.suspect)
+    trained = f"{models.adapter_size(models.suspect) / 1e6:.1f}M" if recipe.use_peft else "all"
     lines = [
         f"model    {recipe.model_name_or_path}",
-        f"         {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained in the defense, weights in {recipe.dtype}",
+        f"         {shape.parameters / 1e6:.1f}M parameters, {trained} trained in the defense, weights in {recipe.dtype}"
+        + (f", {recipe.quantization} under adapters" if recipe.quantization else ""),
         f"task     {recipe.task}"
         + (f", attack {recipe.attack_trigger!r} -> {recipe.target!r}" if recipe.trigger else ""),
         *(f"rows     {name}: {entry['rows']}" for name, entry in rows.sources.items()),
     ]
+    needs: dict[str, StageNeeds] = {}
     for stage in plan(recipe):
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
-        steps, width = stage_size(stage, config, rows, tokenizer)
-        parameters = total if stage.settings in ("reference", "suspect") else trained
-        memory = parameters * BYTES_PER_TRAINED_PARAMETER + (total - parameters) * 4 + len(stage.inputs) * total * 4
-        activations = layers * hidden * ACTIVATIONS_PER_LAYER * config.per_device_train_batch_size * width
-        memory += activations * (2 if config.bf16 or config.fp16 else 4)
-        lines.append(
-            f"stage    {stage.folder}: {stage.step.trainer.__name__} from {stage.parent}, "
-            f"{'as many steps as ' + stage.as_long_as if stage.as_long_as else f'{steps} steps'} of "
-            f"{config.per_device_train_batch_size} rows x {width} tokens, learning rate {config.learning_rate:g}, "
-            f"about {memory / 2**30:.1f} GiB"
-        )
+        engine = engine or engine_of(config)
+        found = stage_needs(stage, config, engine, models, rows, tokenizer, needs.get(stage.as_long_as))
+        needs[stage.folder] = found
+        lines += describe_stage(found)
+    if needs:
+        lines += [f"engine   {describe_engine(engine)}", *describe_devices(list(needs.values()), engine)]
     return "\n".join(lines)
 
 
-def model_size(recipe: Recipe, rows: RunRows) -> tuple[int, int, int, int]:
-    """Trained parameters, all parameters, layers and hidden size, from the configuration alone."""
-    folder, gguf = resolve(recipe.model_name_or_path)
-    config = AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=recipe.model_revision)
-    classifier = recipe.task_class is SequenceClassification
-    if classifier:
-        config.num_labels = rows.task.num_labels
-    with torch.device("meta"):
-        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = total
-    if recipe.use_peft:
-        linear = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and "head" not in name
+def describe_stage(needs: StageNeeds) -> list[str]:
+    stage, config, load = needs.stage, needs.config, needs.load
+    parts = {
+        "weights": needs.memory.weights,
+        "gradients": needs.memory.gradients,
+        "optimizer": needs.memory.optimizer,
+        "teacher": needs.memory.teacher,
+        "activations": needs.memory.activations + needs.memory.at_work,
+        "queries, keys and states to distil": needs.memory.distillation,
+        "logits": needs.memory.logits,
+        "buffers of the engine": needs.memory.engine,
+    }
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    host = f", and {gib(needs.memory.host)} GiB of the host's" if needs.memory.host else ""
+    return [
+        f"stage    {stage.folder}: {stage.step.trainer.__name__} from {stage.parent}, {needs.steps} steps of "
+        f"{config.per_device_train_batch_size} rows x {load.tokens} tokens, learning rate {config.learning_rate:g}",
+        f"         {gib(needs.memory.peak)} GiB a device{host} ({shown}), {needs.flops:.1e} FLOP",
+    ]
+
+
+def describe_engine(engine: Engine) -> str:
+    sharded = {"fsdp2": "weights, gradients and optimizer sharded", "zero2": "gradients and optimizer sharded"}
+    what = sharded.get(engine.kind.replace("zero3", "fsdp2"), "nothing sharded")
+    number = f"{engine.processes} process{'es' * (engine.processes > 1)}"
+    return f"{engine.kind}, {number}, {what}{', in host memory' if engine.offload else ''}"
+
+
+def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
+    """Whether the device at hand is large enough, and minutes on usual ones."""
+    largest = max(needs, key=lambda each: each.memory.peak)
+    name, available = device_at_hand()
+    peak = f"{largest.stage.folder} takes {gib(largest.memory.peak)} GiB a device"
+    if largest.memory.peak <= USABLE * available:
+        lines = [f"device   {name}, {gib(available)} GiB: enough ({peak})"]
+    else:
+        lines = [
+            f"device   {name}, {gib(available)} GiB: NOT ENOUGH, {peak}: lower per_device_train_batch_size or max_length, set "
+            "activation_checkpointing, use_peft or quantization, or shard it (--accelerate_config)"
         ]
-        trained = sum(recipe.lora_r * (module.in_features + module.out_features) for module in linear)
-    return trained, total, config.num_hidden_layers, config.hidden_size
+    times = []
+    for gpu in GPUS:
+        seconds = sum(training_seconds(each, engine, gpu) for each in needs)
+        room = largest.memory.peak <= USABLE * gpu.memory * 2**30
+        times.append(f"{gpu.name} {duration(seconds) if room else 'too small'}")
+    share = f"{ASSUMED_UTILISATION:.0%} of the peak rate"
+    number = f"{engine.processes} x " if engine.processes > 1 else ""
+    return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models comes on top)"]
 
 
-def stage_size(
-    stage: Stage, config: DefenseConfig, rows: RunRows, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
-    """Optimizer steps, and tokens in the longest of the first hundred rows."""
+def training_seconds(needs: StageNeeds, engine: Engine, gpu: Gpu) -> float:
+    """Seconds that a stage trains, every device at the assumed share of its peak rate."""
+    rate = gpu.bf16 if needs.load.bf16 or needs.load.dtype == 2 else gpu.float32
+    return needs.flops / (engine.processes * ASSUMED_UTILISATION * rate)
+
+
+def device_at_hand() -> tuple[str, float]:
+    """Name and bytes of the GPU, or of this machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    return "this machine's CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}" if size >= 2**30 / 20 else f"{size / 2**30:.2g}"
+
+
+def duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return "under 1 min"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+# ---- Engines ----
+
+
+def engine_of(config: TrainingArguments) -> Engine:
+    """The engine that this process was launched with, found as `Trainer` finds it."""
+    processes = config.world_size
+    plugin = getattr(config, "deepspeed_plugin", None)
+    if plugin is not None:
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
+        device = zero.get("offload_optimizer", {}).get("device", "none")
+        return zero_engine(zero.get("stage", 2), processes, device)
+    if config.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        return Engine("fsdp2", processes)
+    return Engine("ddp" if processes > 1 else "single", processes)
+
+
+def engine_of_file(path: str | Path) -> Engine:
+    """The engine of an accelerate configuration, without launching it.
+
+    Raises:
+        `ValueError`: if the file is no configuration of accelerate.
+    """
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise ValueError(f"{path} names no distributed_type: give a configuration that `accelerate config` wrote")
+    processes = int(values.get("num_processes", 1))
+    if values["distributed_type"] == "DEEPSPEED":
+        zero: dict[str, Any] = values.get("deepspeed_config") or {}
+        return zero_engine(zero.get("zero_stage", 2), processes, zero.get("offload_optimizer_device", "none"))
+    if values["distributed_type"] == "FSDP":
+        return Engine("fsdp2", processes)
+    return Engine("ddp" if processes > 1 else "single", processes)
+
+
+def zero_engine(stage: int | str, processes: int, offload_device: str | None) -> Engine:
+    return Engine("zero3" if int(stage) == 3 else "zero2", processes, offload_device not in (None, "none"))
+
+
+# ---- What a stage works on ----
+
+
+class Models:
+    """The models of a run on the meta device: shapes without weights.
+
+    Args:
+        recipe ([`Recipe`]): Names them.
+        labels (`int`, *optional*): Outputs of a classification head.
+    """
+
+    def __init__(self, recipe: Recipe, labels: int | None = None):
+        self.recipe = recipe
+        self.labels = labels if recipe.task_class is SequenceClassification else None
+        config = load_config(recipe.model_name_or_path, revision=recipe.model_revision)
+        self.suspect = self.student = self._made(config)
+        if recipe.student_model_name_or_path is not None:
+            self.student = self._made(load_config(recipe.student_model_name_or_path))
+        elif recipe.student_layers is not None:
+            layers = recipe.student_layers
+            number = layers if isinstance(layers, int) else len(layers)
+            config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": number})
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:number]
+            self.student = self._made(config)
+
+    def _made(self, config: PreTrainedConfig) -> PreTrainedModel:
+        if self.labels is not None:
+            config.num_labels = self.labels
+        auto = AutoModelForCausalLM if self.labels is None else AutoModelForSequenceClassification
+        with torch.device("meta"):
+            return auto.from_config(config)
+
+    def adapter_size(self, model: PreTrainedModel) -> int:
+        """Parameters of the recipe's adapter; "all-linear" leaves the head out."""
+        targets, rank = self.recipe.lora_target_modules, self.recipe.lora_r
+        return sum(
+            rank * (module.in_features + module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and ("layer" in name if targets == "all-linear" else name.rpartition(".")[2] in targets)
+        )
+
+
+def stage_needs(
+    stage: Stage,
+    config: DefenseConfig,
+    engine: Engine,
+    models: Models,
+    rows: RunRows,
+    tokenizer: PreTrainedTokenizerBase,
+    twin: StageNeeds | None = None,
+) -> StageNeeds:
+    """What a stage takes of each device, and in all; `twin` is the stage whose optimizer steps it matches."""
     dataset = rows.of(stage.rows)
-    sample = rows.task.tokenize(dataset.select(range(min(100, len(dataset)))), tokenizer)
-    width = max(len(ids) for ids in sample["input_ids"])
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps = math.ceil(len(dataset) * config.rows_factor / batch) * config.num_train_epochs
-    return (config.max_steps if config.max_steps > 0 else math.ceil(steps)), width
+    sample = rows.task.tokenize(dataset.select(range(min(SAMPLE, len(dataset)))), tokenizer)
+    lengths = [len(ids) for ids in sample["input_ids"]]
+    answer = 1
+    if "prompt_length" in sample.column_names:
+        pairs = zip(lengths, sample["prompt_length"], strict=True)
+        answer += max(length - prompt for length, prompt in pairs)
+    load = stage_load(stage, config, models, max(lengths), answer)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.processes
+    steps = math.ceil(math.ceil(len(dataset) * config.rows_factor / batch) * config.num_train_epochs)
+    if config.max_steps > 0:
+        steps = config.max_steps
+    if twin is not None:
+        steps = twin.steps
+    once = flops(load, sum(lengths) / len(lengths))
+    total = steps * config.gradient_accumulation_steps * engine.processes * once
+    return StageNeeds(stage, config, steps, load, memory(load, engine), total)
+
+
+def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int, answer: int) -> Load:
+    """What one device works on in a stage: whose weights, what is trained of them, what is kept beside."""
+    recipe, trainer = models.recipe, stage.step.trainer
+    adapter = recipe.use_peft and stage.settings not in ("reference", "suspect")
+    model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
+    shape, teacher = ModelShape.of(model), ModelShape.of(models.suspect)
+    mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer)
+    connectors = FEATURE_LAYERS * (shape.hidden + 3) * teacher.hidden
+    compares = trainer is MBTSADTrainer and config.stages == ["distil"]
+
+    def compared(layers: list[int] | None, weight: float) -> int:
+        return (shape.layers if layers is None else len(layers)) if weight else 0
+
+    return Load(
+        model=shape,
+        rows=config.per_device_train_batch_size,
+        tokens=tokens,
+        answer=answer,
+        trains="mask" if mask else "adapter" if adapter else "weights",
+        adapter=models.adapter_size(model) if adapter and not mask else 0,
+        beside=connectors if trainer is RobustKDTrainer and config.feature_weight else 0,
+        networks=2 if "target_model" in stage.inputs else 1,
+        teachers=(teacher,) if "teacher_model" in stage.inputs else (),
+        dtype=4 if recipe.dtype == "float32" else 2,
+        quantization=recipe.quantization if adapter and not mask else None,
+        bf16=bool(config.bf16 or config.fp16),
+        checkpointing=config.activation_checkpointing and not mask,
+        accumulation=config.gradient_accumulation_steps,
+        optimizer=str(getattr(config.optim, "value", config.optim)),
+        attention=recipe.attn_implementation or "sdpa",
+        compared_attention=compared(config.attention_layers, config.attention_weight) if compares else 0,
+        compared_hidden=compared(config.hidden_layers, config.hidden_weight) if compares else 0,
+        depth=1 - 1 / FEATURE_LAYERS if trainer is FeatureMaskTrainer else 1.0,
+    )
