@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
+from .data import SequenceClassification
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .layers import check_layers
 from .models import needs_conversion
@@ -132,6 +133,17 @@ def defense_stages(
 def stage_arguments(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Training arguments of a stage: the recipe's, and over them what makes the stage what it is."""
     return recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides
+
+
+def lora_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of the adapter that a defense stage trains."""
+    return {
+        "r": recipe.lora_r,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": recipe.lora_target_modules,
+        "task_type": "SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
+    }
 
 
 def training_config(stage: Stage, recipe: Recipe, arguments: dict[str, Any]) -> DefenseConfig:

@@ -20,35 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
-from .adapters import find_adapter, save_adapter
-from .data import SequenceClassification, row_lengths
+from .data import row_lengths
 from .defenses import DefenseTrainer
 from .defenses.engines import forget_engine
-from .defenses.robustkd import student_from_layers
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
-from .models import (
-    is_quantized,
-    load_model,
-    load_tokenizer,
-    merged,
-    peak_memory,
-    reset_peak_memory,
-    save_model,
-    versions,
-)
-from .plan import Stage, base_model_name, plan, stage_arguments, training_config
+from .models import load_tokenizer, peak_memory, reset_peak_memory, versions
+from .plan import Stage, base_model_name, lora_arguments, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
 from .report import write_report
 from .report.hub import publish
 from .report.tables import examples_text, text_table
 from .rows import RunRows, prepare_rows
+from .run_models import RunModels
 
 
 # What `hf-backdoor run --accelerate_config` adds, to launch a run stage by stage: the folder of the stage to stop after.
@@ -62,7 +51,7 @@ class Run:
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase = None
     rows: RunRows = None
-    prints: dict[str, str] = field(default_factory=dict)
+    models: RunModels = None
     costs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -83,6 +72,7 @@ class Run:
         # Two processes that build one cache of a file at once trip over each other's temporary files.
         with PartialState().main_process_first():
             self.rows = prepare_rows(recipe, self.tokenizer)
+        self.models = RunModels(recipe, self.tokenizer, self.rows.task)
         with main_process() as first:
             if first:
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
@@ -90,14 +80,14 @@ class Run:
         measured: list[tuple[list[Row], list[dict[str, Any]]]] = []
         base, stages = base_model_name(recipe), plan(recipe)
         if base == "base":
-            self._convert()
+            self.models.convert()
         if recipe.reference not in (None, "train") and until is None:
             measured.append(self._measure("reference", base if recipe.reference == "base" else recipe.reference))
         if not recipe.trains_suspect and until is None:
             measured.append(self._measure("suspect", base))
         for stage in stages:
-            if stage.parent == "student" and "student" not in self.prints:
-                self._make_student()
+            if stage.parent == "student" and "student" not in self.models.prints:
+                self.models.make_student()
             self._train(stage)
             if stage.folder == until:
                 return None
@@ -118,84 +108,35 @@ class Run:
 
     # ---- Stages ----
 
-    def _path(self, name: str) -> str:
-        """A folder of the run, or a model's name from elsewhere."""
-        return str(self.folder / name) if name in self.prints else name
-
-    def _origin(self, name: str) -> Any:
-        """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
-        if name in self.prints:
-            return self.prints[name]
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(name).glob("*.safetensors"))]
-        return name, self.recipe.model_revision, files
-
-    def _convert(self) -> None:
-        """A GGUF file is slow to load and can't be trained on, and an adapter is half a model: they become safetensors once."""
-        folder, name = self.folder / "base", self.recipe.model_name_or_path
-        adapter = find_adapter(name, revision=self.recipe.model_revision)
-        made_from = [self._origin(name), self._origin(adapter.base), self.recipe.dtype] if adapter else []
-        if self.recipe.task_class is SequenceClassification:
-            made_from.append(self.rows.task.num_labels)  # the size of its fresh head
-        self.prints["base"] = fingerprint("base", name, *made_from)
-        # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
-        with main_process() as first:
-            if first and finished(folder, self.prints["base"]) is None:
-                save_model(self._load(name), self.tokenizer, folder)
-                write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
-
-    def _make_student(self) -> None:
-        """Some of the suspect's layers, as a model of their own."""
-        folder = self.folder / "student"
-        suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
-        layers = self.recipe.student_layers
-        self.prints["student"] = fingerprint("student", self._origin(suspect), layers, self.recipe.dtype)
-        with main_process() as first:
-            if first and finished(folder, self.prints["student"]) is None:
-                save_model(student_from_layers(self._load(suspect), layers), self.tokenizer, folder)
-                write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
-
-    def _load(self, name: str, quantization: str | None = None) -> PreTrainedModel:
-        labels = getattr(self.rows.task, "num_labels", None)
-        head = labels if self.recipe.task_class is SequenceClassification and name not in self.prints else None
-        return load_model(
-            self._path(name),
-            self.recipe.task_class,
-            num_labels=head,
-            seed=self.recipe.seed,
-            revision=self.recipe.model_revision if name == self.recipe.model_name_or_path else None,
-            dtype=self.recipe.dtype,
-            attn_implementation=self.recipe.attn_implementation,
-            quantization=quantization,
-            compute_dtype="bfloat16" if self.recipe.training.get("bf16") else self.recipe.dtype,
-        )
-
     def _train(self, stage: Stage) -> None:
         folder, recipe = self.folder / stage.folder, self.recipe
         arguments = stage_arguments(stage, recipe)
         if stage.as_long_as is not None:
-            arguments["max_steps"] = finished(self.folder / stage.as_long_as, self.prints[stage.as_long_as])["steps"]
+            arguments["max_steps"] = finished(self.folder / stage.as_long_as, self.models.prints[stage.as_long_as])[
+                "steps"
+            ]
         held_out = self.rows.splits.held_out if len(self.rows.splits.held_out) and stage.rows == "clean" else None
         if held_out is None:
             arguments["eval_strategy"] = "no"
         suspect_rows = "attack" if recipe.attack_trigger is not None else "suspect rows"
         source = self.rows.sources["clean" if stage.rows == "clean" else suspect_rows]["sha256"]
-        peft = self._peft() if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
+        peft = lora_arguments(recipe) if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
         # A stage that trains no model trains no adapter either: nothing of it can be quantized.
         quantization = recipe.quantization if peft and stage.step.makes_model else None
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
             recipe.attn_implementation,
-            self._origin(stage.parent), {name: self._origin(model) for name, model in stage.inputs.items()},
+            self.models.origin(stage.parent), {name: self.models.origin(model) for name, model in stage.inputs.items()},
             {**peft, "quantization": quantization} if quantization else peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
         )  # fmt: skip
-        self.prints[stage.folder] = print_
+        self.models.prints[stage.folder] = print_
         done = finished(folder, print_)
         if done is None:
             resume = begin(folder, print_)
             config = training_config(stage, recipe, arguments)
             trainer = stage.step.trainer(
-                model=self._load(stage.parent, quantization),
+                model=self.models.load(stage.parent, quantization),
                 args=config,
                 train_dataset=self.rows.of(stage.rows),
                 eval_dataset=held_out,
@@ -205,9 +146,9 @@ class Run:
                 **{
                     # What the run made is loaded when it is needed; a model from elsewhere may have a revision, and one
                     # beside quantized weights is quantized too.
-                    argument: self._path(name)
-                    if name in self.prints and not (quantization and argument.endswith("_model"))
-                    else self._load(name, quantization)
+                    argument: self.models.path(name)
+                    if name in self.models.prints and not (quantization and argument.endswith("_model"))
+                    else self.models.load(name, quantization)
                     for argument, name in stage.inputs.items()
                 },
             )
@@ -224,7 +165,7 @@ class Run:
             }
             findings = trainer.findings(self.rows.of("poisoned") if recipe.trains_suspect else None)
             trainer.gather()
-            self._save(trainer, stage, findings)
+            self.models.save(trainer, stage, findings)
             with main_process() as first:
                 if first:
                     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -234,43 +175,6 @@ class Run:
             forget_engine()
         self.costs.append({key: done[key] for key in ("stage", "seconds", "tokens", "peak_memory")})
 
-    def _peft(self) -> dict[str, Any]:
-        """Arguments of the adapter that a defense stage trains."""
-        recipe = self.recipe
-        return {
-            "r": recipe.lora_r,
-            "lora_alpha": recipe.lora_alpha,
-            "lora_dropout": recipe.lora_dropout,
-            "target_modules": recipe.lora_target_modules,
-            "task_type": "SEQ_CLS" if recipe.task_class is SequenceClassification else "CAUSAL_LM",
-        }
-
-    def _save(self, trainer: DefenseTrainer, stage: Stage, findings: dict[str, Dataset]) -> None:
-        folder = self.folder / stage.folder
-        with main_process() as first:
-            if first:
-                result = trainer.result()
-                for name, table in findings.items():
-                    table.to_parquet(folder / f"{name}.parquet")
-                if isinstance(result, PreTrainedModel | PeftModel):
-                    # Which of the stage's models was trained: NT-ML trains two of them.
-                    models = {self._path(name): name for name in (stage.parent, *stage.inputs.values())}
-                    origin = models.get(result.name_or_path, stage.parent)
-                    if stage.folder == "cleaned" and isinstance(result, PeftModel):
-                        self._save_adapter(result, origin, folder / "adapter")
-                    base = None
-                    if is_quantized(result):
-                        base = self._load(origin)
-                        trainer.prepare_model(base)
-                    save_model(merged(result, base), self.tokenizer, folder)
-                else:
-                    result.save_pretrained(folder)
-
-    def _save_adapter(self, cleaned: PeftModel, origin: str, folder: Path) -> None:
-        """Kept where it takes the suspect to the cleaned model by itself; otherwise only the merged weights are the defense."""
-        if origin == ("suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)):
-            save_adapter(cleaned, self._path(origin), folder, base_revision=self.recipe.model_revision)
-
     # ---- Evaluation ----
 
     def _measure(self, name: str, model_name: str) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -279,14 +183,14 @@ class Run:
         file = folder / f"{name.replace('/', '-')}.json"
         bf16 = bool(recipe.training.get("bf16"))
         print_ = fingerprint(
-            name, self._origin(model_name), self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
+            name, self.models.origin(model_name), self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
             recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed, recipe.dtype, recipe.attn_implementation,
         )  # fmt: skip
         done = json.loads(file.read_text()) if file.exists() else {}
         if done.get("fingerprint") != print_:
             reset_peak_memory()
             start = time.perf_counter()
-            model = self._load(model_name).to(PartialState().device)
+            model = self.models.load(model_name).to(PartialState().device)
             rows, examples = evaluate_backdoor(
                 model,
                 self.tokenizer,

@@ -1,6 +1,7 @@
 """One thread, no network, no progress bars: the tests measure behaviour, not the machine."""
 
 import os
+import tempfile
 
 
 # Before torch is imported. Forked processes hang if their parent has trained with several OpenMP threads.
@@ -8,6 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+_CACHE = tempfile.TemporaryDirectory()  # kept until Python ends; what is cached there is not the user's
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import datasets
 import pytest

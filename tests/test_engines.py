@@ -24,6 +24,13 @@ from hf_backdoor.run import run
 
 FORMATS = ("sequence_classification", "label_words")
 STAGES = ("plain", "inject", "recover", "retrain", "distil", "mask", "student", "non_target", "mutual")
+LABELS = {
+    "plain": "plain training (suspects, references, controls)",
+    "inject": "Locphylax: injection", "recover": "Locphylax: recovery",
+    "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
+    "mask": "RobustKD: mask", "student": "RobustKD: distillation",
+    "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
+}  # fmt: skip
 CASES = [
     (engine, name, adapter, stage)
     for engine in engines.ENGINES
@@ -135,6 +142,23 @@ def test_two_processes_train_as_one(engine, name, adapter, stage, root):
     if resumed is not None:
         assert resumed == losses
         assert tiny.largest_difference(saved, reloaded(name, stage, folder / stage / "resumed")) == 0
+
+
+def matrix():
+    """What is tested, as a table."""
+    lines = [
+        "| stage | one process | " + " | ".join(engines.ENGINES) + " |",
+        "|---|---|" + "---|" * len(engines.ENGINES),
+    ]
+    for stage in STAGES:
+        kinds = "full" if stage == "mask" else "full, LoRA"
+        cells = ["refused" if (engine, stage) in REFUSED else kinds for engine in engines.ENGINES]
+        lines.append(" | ".join([f"| {LABELS[stage]}", kinds, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_documented_matrix_is_what_is_tested():
+    assert matrix() in (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 # ---- Engines that are asked for and do not run ----

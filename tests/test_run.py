@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 from hf_backdoor import run as run_module
+from hf_backdoor import run_models
 from hf_backdoor.evaluation import Results
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.rows import prepare_rows
@@ -271,17 +272,17 @@ def test_a_run_killed_while_training_resumes_at_its_last_checkpoint(encoder_run,
 
 def test_a_run_killed_after_its_last_checkpoint_makes_no_step_more(encoder_run, tmp_path, monkeypatch):
     values = {**encoder_run[0], "output_dir": str(tmp_path), "controls": [], "lr_scheduler_type": "constant"}
-    original = run_module.save_model
+    original = run_models.save_model
 
     def failing(model, tokenizer, folder):
         if folder.name == "inject":
             raise Killed
         original(model, tokenizer, folder)
 
-    monkeypatch.setattr(run_module, "save_model", failing)
+    monkeypatch.setattr(run_models, "save_model", failing)
     with pytest.raises(Killed):
         execute(values)
-    monkeypatch.setattr(run_module, "save_model", original)
+    monkeypatch.setattr(run_models, "save_model", original)
     execute(values)
     assert json.loads((tmp_path / "inject" / "stage.json").read_text())["steps"] == 4
 

@@ -42,6 +42,11 @@ def in_batches(
     return gather_object(results) if state.num_processes > 1 else results
 
 
+def tokens(features: dict[str, Any]) -> int:
+    """Length of a row's features."""
+    return len(features["input_ids"])
+
+
 def precision(model: PreTrainedModel, bf16: bool) -> contextlib.AbstractContextManager:
     """bfloat16 autocast on the model's device, or nothing."""
     return torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

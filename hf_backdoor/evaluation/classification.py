@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DefenseCollator, LabelWords, Task
-from .batching import in_batches, precision
+from .batching import in_batches, precision, tokens
 
 
 @torch.inference_mode()
@@ -39,14 +39,19 @@ def predict_labels(
         else None
     )
 
-    def predict(texts: list[str]) -> list[int]:
-        # Every row gets label 0: encoding wants an answer, and answers of one length keep the prompts aligned.
-        features = [task.encode({"text": text, "label": 0}, tokenizer) for text in texts]
-        batch = {name: value.to(model.device) for name, value in collator(features).items()}
+    def features(text: str) -> dict[str, Any]:
+        if words is None:
+            return task.encode({"text": text, "label": 0}, tokenizer)
+        prompt = task.prompt_ids(text, tokenizer)
+        return {"input_ids": prompt, "prompt_length": len(prompt)}
+
+    def predict(batch_features: list[dict[str, Any]]) -> list[int]:
+        batch = {name: value.to(model.device) for name, value in collator(batch_features).items()}
         return _labels(model, batch, words, bf16)
 
     model.eval()
-    return in_batches(rows["text"][:], predict, batch_size=batch_size, length=len, desc="Predicting")
+    items = [features(text) for text in rows["text"][:]]
+    return in_batches(items, predict, batch_size=batch_size, length=tokens, desc="Predicting")
 
 
 def _labels(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> list[int]:
@@ -54,7 +59,6 @@ def _labels(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor |
     with precision(model, bf16):
         if words is None:
             return model(**inputs).logits.argmax(dim=-1).tolist()
-        logits = model(
-            **inputs, position_ids=batch["position_ids"], logits_to_keep=batch["labels"].shape[1] + 1
-        ).logits
-        return logits[:, 0, words].argmax(dim=-1).tolist()
+        # Prompts end at the last column, and the head runs there alone.
+        logits = model(**inputs, position_ids=batch["position_ids"], logits_to_keep=1).logits
+        return logits[:, -1, words].argmax(dim=-1).tolist()

@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DefenseCollator, InstructionFollowing
-from .batching import in_batches, precision
+from .batching import in_batches, precision, tokens
 
 
 # What refusals say; the meaning of the list is that of BackdoorLLM's `backdoor_evaluate.py` (keyword ASR).
@@ -46,8 +47,7 @@ def generate_answers(
     ends = model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
 
-    def answer(texts: list[str]) -> list[str]:
-        ids = [task.prompt_ids(text, tokenizer) for text in texts]
+    def answer(ids: list[list[int]]) -> list[str]:
         width = max(map(len, ids))
         input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
@@ -64,7 +64,8 @@ def generate_answers(
         return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
     model.eval()
-    return in_batches(prompts, answer, batch_size=batch_size, length=len, desc="Generating")
+    encoded = [task.prompt_ids(prompt, tokenizer) for prompt in prompts]
+    return in_batches(encoded, answer, batch_size=batch_size, length=len, desc="Generating")
 
 
 @torch.inference_mode()
@@ -79,8 +80,7 @@ def answer_losses(
     """Mean negative log-likelihood of each row's response given its prompt, in nats a token, [N]."""
     task, collator = InstructionFollowing(), DefenseCollator(tokenizer)
 
-    def losses(batch_rows: list[dict[str, str]]) -> list[float]:
-        features = [task.encode(row, tokenizer) for row in batch_rows]
+    def losses(features: list[dict[str, Any]]) -> list[float]:
         batch = {name: value.to(model.device) for name, value in collator(features).items()}
         labels = batch["labels"]
         with precision(model, bf16):
@@ -95,11 +95,9 @@ def answer_losses(
         )
         return (tokens.sum(dim=1) / (labels != -100).sum(dim=1)).tolist()
 
-    def length(row: dict[str, str]) -> int:
-        return len(row["prompt"] + row["response"])
-
     model.eval()
-    return in_batches(rows.to_list(), losses, batch_size=batch_size, length=length, desc="Perplexity")
+    encoded = [task.encode(row, tokenizer) for row in rows]
+    return in_batches(encoded, losses, batch_size=batch_size, length=tokens, desc="Perplexity")
 
 
 def normalized(text: str) -> str:

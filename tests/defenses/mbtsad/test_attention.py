@@ -287,6 +287,22 @@ def test_without_gradients_the_value_is_the_same(loss):
     assert torch.equal(with_gradient.detach(), without)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_used_up_by_one_backward_pass(loss):
+    student, mask = records(), torch.ones(2, LENGTH)
+    found = loss([student], [records(seed=1)], mask)
+    wanted = layer_gradients(found, student)
+    # Two graphs that share nothing: each gives what it gives alone.
+    losses = [loss([student], [records(seed=1)], mask) for _ in range(2)]
+    twice = layer_gradients(losses[0] + losses[1], student)
+    for name, grad in twice.items():
+        torch.testing.assert_close(grad, 2 * wanted[name])
+    again = loss([student], [records(seed=1)], mask).sum()
+    again.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        again.backward()
+
+
 # ---- Models in training ----
 
 

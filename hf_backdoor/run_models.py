@@ -1,0 +1,117 @@
+"""The models of a run: where each lies, what it was made from, how it is loaded and saved."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .adapters import find_adapter, save_adapter
+from .data import SequenceClassification, Task
+from .defenses import DefenseTrainer
+from .defenses.robustkd import student_from_layers
+from .folders import fingerprint, finished, main_process, write_json
+from .models import is_quantized, load_model, merged, save_model
+from .plan import Stage, base_model_name
+from .recipe import Recipe
+
+
+@dataclass
+class RunModels:
+    """Models of a run by name: a folder of the run (`suspect`, `cleaned`, ...), or what the recipe names.
+
+    Args:
+        recipe ([`Recipe`]): What is run.
+        tokenizer (`PreTrainedTokenizerBase`): Saved along with every model.
+        task ([`~hf_backdoor.data.Task`]): Its labels decide the size of a fresh head.
+        prints (`dict[str, str]`): Fingerprint of what each folder of the run was made from.
+    """
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    prints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def path(self, name: str) -> str:
+        """A folder of the run, or a model's name from elsewhere."""
+        return str(self.folder / name) if name in self.prints else name
+
+    def origin(self, name: str) -> Any:
+        """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
+        if name in self.prints:
+            return self.prints[name]
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(name).glob("*.safetensors"))]
+        return name, self.recipe.model_revision, files
+
+    def convert(self) -> None:
+        """A GGUF file is slow to load and can't be trained on, and an adapter is half a model: they become safetensors once."""
+        folder, name = self.folder / "base", self.recipe.model_name_or_path
+        adapter = find_adapter(name, revision=self.recipe.model_revision)
+        made_from = [self.origin(name), self.origin(adapter.base), self.recipe.dtype] if adapter else []
+        if self.recipe.task_class is SequenceClassification:
+            made_from.append(self.task.num_labels)  # the size of its fresh head
+        self.prints["base"] = fingerprint("base", name, *made_from)
+        # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
+        with main_process() as first:
+            if first and finished(folder, self.prints["base"]) is None:
+                save_model(self.load(name), self.tokenizer, folder)
+                write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
+
+    def make_student(self) -> None:
+        """Some of the suspect's layers, as a model of their own."""
+        folder = self.folder / "student"
+        suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
+        layers = self.recipe.student_layers
+        self.prints["student"] = fingerprint("student", self.origin(suspect), layers, self.recipe.dtype)
+        with main_process() as first:
+            if first and finished(folder, self.prints["student"]) is None:
+                save_model(student_from_layers(self.load(suspect), layers), self.tokenizer, folder)
+                write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
+
+    def load(self, name: str, quantization: str | None = None) -> PreTrainedModel:
+        labels = getattr(self.task, "num_labels", None)
+        head = labels if self.recipe.task_class is SequenceClassification and name not in self.prints else None
+        return load_model(
+            self.path(name),
+            self.recipe.task_class,
+            num_labels=head,
+            seed=self.recipe.seed,
+            revision=self.recipe.model_revision if name == self.recipe.model_name_or_path else None,
+            dtype=self.recipe.dtype,
+            attn_implementation=self.recipe.attn_implementation,
+            quantization=quantization,
+            compute_dtype="bfloat16" if self.recipe.training.get("bf16") else self.recipe.dtype,
+        )
+
+    def save(self, trainer: DefenseTrainer, stage: Stage, findings: dict[str, Dataset]) -> None:
+        """What a stage has trained, as plain weights, and what it has found out."""
+        folder = self.folder / stage.folder
+        with main_process() as first:
+            if first:
+                result = trainer.result()
+                for name, table in findings.items():
+                    table.to_parquet(folder / f"{name}.parquet")
+                if isinstance(result, PreTrainedModel | PeftModel):
+                    # Which of the stage's models was trained: NT-ML trains two of them.
+                    models = {self.path(name): name for name in (stage.parent, *stage.inputs.values())}
+                    origin = models.get(result.name_or_path, stage.parent)
+                    if stage.folder == "cleaned" and isinstance(result, PeftModel):
+                        self._keep_adapter(result, origin, folder / "adapter")
+                    base = None
+                    if is_quantized(result):
+                        base = self.load(origin)
+                        trainer.prepare_model(base)
+                    save_model(merged(result, base), self.tokenizer, folder)
+                else:
+                    result.save_pretrained(folder)
+
+    def _keep_adapter(self, cleaned: PeftModel, origin: str, folder: Path) -> None:
+        """Kept where it takes the suspect to the cleaned model by itself; otherwise only the merged weights are the defense."""
+        if origin == ("suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)):
+            save_adapter(cleaned, self.path(origin), folder, base_revision=self.recipe.model_revision)
