@@ -1,6 +1,7 @@
 """One thread, no network, no progress bars: the tests measure behaviour, not the machine."""
 
 import os
+import shutil
 import tempfile
 
 
@@ -9,8 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-_CACHE = tempfile.TemporaryDirectory()  # kept until Python ends; what is cached there is not the user's
-os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_backdoor_tests_")  # not the user's
 
 import datasets
 import pytest
@@ -23,6 +23,10 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture
