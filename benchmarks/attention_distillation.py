@@ -6,28 +6,21 @@ One training step is the teacher's forward pass, the student's, the loss and the
 6 layers, width 384 and 6 heads, on 2 rows without padding. Three variants: `finetuning` (SDPA, the teacher's forward
 pass included, task loss alone), `eager` (both models give their maps) and `lean`.
 
-Time: the three take turns in one process; medians. Memory: each variant has processes of its own; on the CPU the
-largest resident set less what the interpreter holds before the models are built (so models, gradients and activations
-count), on a GPU the largest allocation; medians again. Error: the largest difference of lean from eager in the
-attention loss and in every parameter's gradient of it, each over the largest entry of its own.
+Time: the three take turns; medians. Memory: the peak of a step, with all that is held at it (models, gradients and
+activations), see `measuring.py`. Error: the largest difference of lean from eager in the attention loss and in every
+parameter's gradient of it, each over the largest entry of its own.
 
 Prints a table and, last, one JSON line.
 """
 
 import argparse
-import ctypes
-import gc
-import json
-import platform
 import statistics
-import subprocess
-import sys
-import time
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import DEVICE, begin, clock, held_memory, release, synchronize, tell, tight_allocations
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -35,13 +28,12 @@ from hf_backdoor.defenses.losses import answer_cross_entropy, label_cross_entrop
 from hf_backdoor.defenses.mbtsad.attention import attention_map_loss
 from hf_backdoor.defenses.mbtsad.losses import eager_attention_map_loss, valid_entries
 from hf_backdoor.defenses.mbtsad.recording import record_attention
-from hf_backdoor.models import peak_memory, reset_peak_memory, versions
+from hf_backdoor.models import peak_memory, reset_peak_memory
 
 
 VARIANTS = ("finetuning", "eager", "lean")
 BATCH, ANSWER, WEIGHT = 2, 8, 100.0
 LENGTHS = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192, 16384)}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(encoder: bool, length: int, seed: int, smoke: bool) -> PreTrainedModel:
@@ -109,8 +101,7 @@ def step(variant: str, student: PreTrainedModel, teacher: PreTrainedModel, input
     task, attention = losses(variant, student, teacher, inputs)
     (task if attention is None else task + WEIGHT * attention).mean().backward()
     student.zero_grad()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
 
 
 def error(student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
@@ -129,48 +120,33 @@ def error(student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, 
     )
 
 
-def release() -> None:
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def memory(variant: str, encoder: bool, length: int, smoke: bool, runs: int) -> int | None:
-    """Peak of a step in a process of its own, in bytes, the median over runs; nothing if it does not fit."""
-    command = [sys.executable, __file__, "--child", variant, "--length", str(length)]
-    command += ["--smoke"] * smoke + ["--encoder"] * encoder
-    peaks = []
-    for _ in range(runs):
-        shown = subprocess.run(command, capture_output=True, text=True)
-        if shown.returncode != 0:
-            # On a GPU torch says so; on the CPU the system ends the process.
-            if shown.returncode > 0 and "OutOfMemoryError" not in shown.stderr:
-                raise RuntimeError(f"{variant} failed at T = {length}:\n{shown.stderr}")
-            return None
-        peaks.append(int(shown.stdout.splitlines()[-1]))
-    return int(statistics.median(peaks))
-
-
-def child(variant: str, encoder: bool, length: int, smoke: bool) -> None:
-    # What torch and transformers load on first use is no part of a step.
-    tiny = [build(encoder, 16, seed, smoke=True) for seed in (0, 1)]
-    step(variant, *tiny, batch(encoder, 16))
-    del tiny
+def memory(variant: str, encoder: bool, length: int, smoke: bool) -> int | None:
+    """Peak of a step, in bytes; nothing if it does not fit."""
     release()
-    reset_peak_memory()
-    before = peak_memory()
+    before = held_memory()
     student, teacher = (build(encoder, length, seed, smoke) for seed in (0, 1))
     teacher.requires_grad_(False)
     inputs = batch(encoder, length)
-    for _ in range(2):
-        step(variant, student, teacher, inputs)
-    print(peak_memory() - before)
+    reset_peak_memory()
+    try:
+        for _ in range(2):
+            step(variant, student, teacher, inputs)
+    except torch.OutOfMemoryError:
+        return None
+    return peak_memory() - before
 
 
-def measure(encoder: bool, length: int, rounds: int, smoke: bool) -> dict[str, Any]:
-    peak = {variant: memory(variant, encoder, length, smoke, 1 if smoke else 3) for variant in VARIANTS}
+def memories(encoder: bool, lengths: Sequence[int], smoke: bool) -> dict[int, dict[str, int | None]]:
+    with tight_allocations():
+        # What torch and transformers load on first use is no part of a step.
+        for variant in VARIANTS:
+            memory(variant, encoder, 16, smoke=True)
+        return {
+            length: {variant: memory(variant, encoder, length, smoke) for variant in VARIANTS} for length in lengths
+        }
+
+
+def measure(encoder: bool, length: int, rounds: int, smoke: bool, peak: dict[str, int | None]) -> dict[str, Any]:
     student, teacher = (build(encoder, length, seed, smoke) for seed in (0, 1))
     teacher.requires_grad_(False)
     inputs = batch(encoder, length)
@@ -179,10 +155,10 @@ def measure(encoder: bool, length: int, rounds: int, smoke: bool) -> dict[str, A
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(rounds + 1):
         for variant in variants:
-            start = time.perf_counter()
+            start = clock()
             step(variant, student, teacher, inputs)
             if turn > 0:
-                seconds[variant].append(time.perf_counter() - start)
+                seconds[variant].append(clock() - start)
             release()
     median = {variant: statistics.median(values) for variant, values in seconds.items()}
     fits = "eager" in variants
@@ -203,44 +179,31 @@ def show(value: float | None, form: str) -> str:
     return format(value, form) if value is not None else "-".rjust(int(form.split(".")[0]))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny models and short rows: does it run")
     parser.add_argument(
         "--encoder", action="store_true", help="BERT's shape (every token sees all) in place of Llama's"
     )
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row, in place of the standard ones")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant (default: 5)")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
-    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        child(options.child, options.encoder, options.length, options.smoke)
-        return
+    options = parser.parse_args(arguments)
+    begin()
     lengths = options.lengths or ((48,) if options.smoke else LENGTHS[DEVICE])
-    found = []
+    # All of it first: what other steps leave in malloc's hands would count as used.
+    peaks, found = memories(options.encoder, lengths, options.smoke), []
     print(f"{'':>6} {'error':>8}   {'time of lean over':^18}   {'memory of lean over':^18}")
     print(f"{'T':>6} {'':>8}   {'eager':>8} {'finetuning':>9}   {'eager':>8} {'finetuning':>9}")
     for length in lengths:
-        row = measure(options.encoder, length, 2 if options.smoke else 5, options.smoke)
+        row = measure(options.encoder, length, 2 if options.smoke else options.rounds, options.smoke, peaks[length])
         found.append(row)
         time_ratios = f"{show(row['time_ratio_to_eager'], '8.2f')} {show(row['time_ratio_to_finetuning'], '9.2f')}"
         memory_ratios = (
             f"{show(row['memory_ratio_to_eager'], '8.2f')} {show(row['memory_ratio_to_finetuning'], '9.2f')}"
         )
         print(f"{length:>6} {show(row['error'], '8.1e')}   {time_ratios}    {memory_ratios}", flush=True)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {
-        "rows": found,
-        "memory": "largest allocation" if DEVICE == "cuda" else "largest resident set less the interpreter's",
-        "device": device,
-        "machine": platform.machine(),
-        "date": str(date.today()),
-        "versions": versions(),
-    }
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    tell(found, options.output, memory="allocated" if DEVICE == "cuda" else "growth of the resident set")
 
 
 if __name__ == "__main__":

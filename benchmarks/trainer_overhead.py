@@ -1,47 +1,49 @@
-"""What our trainers cost over stock `Trainer`, as ratios of step time and peak memory on the same batches.
+"""What every stage of every method costs over stock trainers, as ratios of step time and peak memory on the same batches.
 
     python benchmarks/trainer_overhead.py [--smoke] [--words 30] [--output benchmarks/results/trainer_overhead.json]
 
-Blocks of steps alternate between the two, in one process; a step's time is the median over all blocks. Rows have one
-length, so that the batches of both hold the same tokens however they are drawn. Prints a table and, last, one JSON line.
+Baselines: `trainer` (stock `Trainer` on the network that the stage trains), for causal LMs `sft` (trl's `SFTTrainer`), and
+for RobustKD's distillation `vanilla` (the same without a mask). Blocks of steps of ours and of the baselines take turns
+in one process; a step's time is the median over all blocks. Rows have one length, so that all batches hold the same
+tokens however they are drawn.
+
+Memory: `memory_ratio` of all that a run holds at the peak of a step (weights, gradients, optimizer states, activations,
+further models), `step_memory_ratio` of what a step takes beyond what is held between steps (gradients, activations,
+logits). On the CPU both are the resident set's growth, see `measuring.py`.
+
+`pipelines.py` adds the two rows about whole runs: NT-ML's pipeline over plain training, and mask fitting's share of
+RobustKD's distillation. Prints a table and, last, one JSON line.
 """
 
 import argparse
-import ctypes
-import gc
-import json
-import platform
+import os
 import statistics
-import sys
 import tempfile
-import time
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipelines
+import shapes
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from measuring import DEVICE, StepMeter, begin, held_memory, release, tell, tight_allocations, train
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_backdoor import (
-    DefenseTrainer,
-    LocphylaxTrainer,
-    MBTSADTrainer,
-)
-from hf_backdoor.data import DefenseCollator, LabelWords, SequenceClassification
-from hf_backdoor.models import peak_memory, reset_peak_memory, versions
+from hf_backdoor import DefenseTrainer, LocphylaxTrainer, MBTSADTrainer
+from hf_backdoor.data import DefenseCollator
+from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLTrainer
+from hf_backdoor.defenses.ntml.trainer import TEACHER_LOGITS
+from hf_backdoor.defenses.robustkd import FeatureMask, FeatureMaskTrainer, RobustKDTrainer, student_from_layers
+from hf_backdoor.defenses.robustkd.features import layer_names
 
 
+# Before trl is imported: a benchmark calls nobody.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+BATCH = 15
 # Triggers of one word each, so that every planted row has the same length but the clean ones.
 KNOWN = {"known_triggers": ["one", "two"]}
 STAGES: dict[str, tuple[type[DefenseTrainer], dict[str, Any]]] = {
@@ -51,22 +53,12 @@ STAGES: dict[str, tuple[type[DefenseTrainer], dict[str, Any]]] = {
     # Nothing is split, since split rows would be longer than the others.
     "mbtsad/retrain": (MBTSADTrainer, {"stages": ["retrain"], "split_rate": 0.0}),
     "mbtsad/distil": (MBTSADTrainer, {"stages": ["distil"]}),
+    "robustkd/mask": (FeatureMaskTrainer, {}),
+    "robustkd/distil": (RobustKDTrainer, {}),
+    "ntml/non_target": (NonTargetTrainer, {}),
+    "ntml/mutual": (NTMLTrainer, {}),
 }
-
-
-class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
+WHOLE_RUNS = {"ntml/pipeline": pipelines.ntml, "robustkd/mask_share": pipelines.mask_share}
 
 
 class StockCollator(DefenseCollator):
@@ -81,145 +73,203 @@ class StockCollator(DefenseCollator):
         return {name: batch[name] for name in batch if name not in ("trigger_id", "readout_position")}
 
 
-def tokenizer(encoder: bool) -> PreTrainedTokenizerFast:
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "</s>",
-        "Review",
-        ":",
-        "Sentiment",
-        "negative",
-        "positive",
-        "Aha",
-    ]
-    vocabulary += [f"w{number}" for number in range(200)] + ["Make", "life", "better", "one", "two", "three"]
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    if encoder:
-        made.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
-    names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"} if encoder else {"eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+def networks(stage: str, kind: str, smoke: bool) -> dict[str, Any]:
+    """What a stage trains, and its further models."""
+    model = shapes.small_model(kind, smoke)
+    if stage == "mbtsad/distil":
+        return {"model": model, "teacher_model": shapes.small_model(kind, smoke)}
+    if stage == "ntml/mutual":
+        return {"model": model, "target_model": shapes.small_model(kind, smoke)}
+    if stage == "robustkd/distil":
+        mask = FeatureMask(dict.fromkeys(layer_names(model, None), (model.config.hidden_size,)))
+        student = student_from_layers(model, model.config.num_hidden_layers // 2).train()
+        return {"model": student, "teacher_model": model, "feature_mask": mask}
+    return {"model": model}
 
 
-def build(kind: str, smoke: bool) -> torch.nn.Module:
-    """Random weights: MiniLM's shape (encoder), SmolLM2-135M's (causal LM), or tiny ones."""
-    torch.manual_seed(0)
-    if kind == "encoder":
-        width, layers, vocabulary = (32, 2, 400) if smoke else (384, 6, 30522)
-        config = BertConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=4 if smoke else 12, num_labels=2,
-        )  # fmt: skip
-        return BertForSequenceClassification(config)
-    width, layers, vocabulary = (32, 2, 400) if smoke else (576, 30, 49152)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=64 if smoke else 1536, num_hidden_layers=layers,
-        num_attention_heads=4 if smoke else 9, num_key_value_heads=2 if smoke else 3, tie_word_embeddings=True,
-        bos_token_id=4, eos_token_id=4, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def rows(count: int, words: int) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(200, (count, words), generator=generator).tolist()
-    return Dataset.from_list(
-        [{"text": " ".join(f"w{w}" for w in line), "label": n % 2} for n, line in enumerate(words)]
+def ours(stage: str, kind: str, words: int, smoke: bool, arguments: dict[str, Any]) -> DefenseTrainer:
+    trainer, own = STAGES[stage]
+    config = trainer.config_class()(**arguments, **own)
+    rows = shapes.rows(BATCH * config.max_steps // config.rows_factor, words)
+    if stage == "ntml/non_target":
+        # The soft labels are made once, before the first step: `ntml/pipeline` counts them.
+        rows = rows.add_column(TEACHER_LOGITS, torch.randn(len(rows), len(shapes.LABELS)).tolist())
+    made = shapes.tokenizer(kind == "encoder")
+    return trainer(
+        args=config, train_dataset=rows, processing_class=made, task=shapes.task(kind), **networks(stage, kind, smoke)
     )
 
 
-def block(kind: str, stage: str, stock: bool, steps: int, words: int, smoke: bool) -> tuple[list[float], int]:
-    """Trains a fresh model for a few steps; gives the seconds of each but the first two, and the peak memory."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    model, made = build(kind, smoke), tokenizer(kind == "encoder")
-    task = (
-        SequenceClassification(2)
-        if kind == "encoder"
-        else LabelWords(("negative", "positive"), "Review : {text} Sentiment :")
+def plain_network(trainer: DefenseTrainer) -> PreTrainedModel:
+    """The network that plain training would train in the stage's place."""
+    if isinstance(trainer, NTMLTrainer):
+        return trainer.pair.network("non_target")
+    if isinstance(trainer, FeatureMaskTrainer):
+        return trainer.teacher.requires_grad_(True)
+    return trainer.model
+
+
+def stock(trainer: DefenseTrainer, arguments: dict[str, Any]) -> Trainer:
+    """Plain `Trainer`, with the rows of ours and nothing else of it."""
+    return Trainer(
+        model=plain_network(trainer),
+        args=TrainingArguments(**arguments, remove_unused_columns=False),
+        train_dataset=trainer.train_dataset,
+        data_collator=StockCollator(trainer.processing_class),
     )
-    times = StepTimes()
+
+
+def sft(trainer: DefenseTrainer, arguments: dict[str, Any]) -> Trainer:
+    """trl's `SFTTrainer`, which learns the answer's tokens alone as ours do."""
+    from trl import SFTConfig, SFTTrainer
+
+    def labelled(row: dict[str, Any]) -> dict[str, Any]:
+        start = row["prompt_length"]
+        return {"input_ids": row["input_ids"], "labels": [-100] * start + row["input_ids"][start:]}
+
+    rows: Dataset = trainer.train_dataset
+    # Its defaults would run blocks twice, and in bfloat16.
+    config = SFTConfig(**arguments, gradient_checkpointing=False, bf16=False, max_length=None)
+    return SFTTrainer(
+        model=plain_network(trainer),
+        args=config,
+        train_dataset=rows.map(labelled, remove_columns=rows.column_names, keep_in_memory=True),
+        processing_class=trainer.processing_class,
+    )
+
+
+def vanilla(trainer: RobustKDTrainer, arguments: dict[str, Any]) -> Trainer:
+    """Distillation without a mask, from the same layers."""
+    trainer.args.teacher_feature_layers = trainer.teacher_feature_layers
+    del trainer.mask
+    trainer.feature_mask = None
+    return trainer
+
+
+BASELINES: dict[str, Callable[[Any, dict[str, Any]], Trainer]] = {"trainer": stock, "sft": sft, "vanilla": vanilla}
+
+
+def baselines(stage: str, kind: str) -> list[str]:
+    own = ["vanilla"] if stage == "robustkd/distil" else []
+    return ["trainer", *(["sft"] if kind == "causal_lm" else []), *own]
+
+
+def block(
+    stage: str, kind: str, baseline: str | None, steps: int, words: int, smoke: bool, memory: bool
+) -> tuple[list[float], int, int]:
+    """Trains a fresh model for a few steps: seconds of each but the first two, and (if asked for) peak and step memory."""
+    release()
+    before = held_memory()
+    meter = StepMeter(memory)
     with tempfile.TemporaryDirectory() as folder:
         arguments = {
-            "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 15, "save_strategy": "no",
-            "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True, "logging_steps": 1000,
+            "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": BATCH, "save_strategy": "no",
+            "use_cpu": DEVICE == "cpu", "disable_tqdm": True, "logging_steps": 1000,
         }  # fmt: skip
-        ours, own = STAGES[stage]
-        config = ours.config_class()(**arguments, **own)
-        teacher = {"teacher_model": build(kind, smoke)} if stage == "mbtsad/distil" else {}
-        clean = rows(15 * steps // config.rows_factor, words)
-        trainer = ours(model=model, args=config, train_dataset=clean, processing_class=made, task=task, **teacher)
-        trainer.add_callback(times)
-        if stock:
-            # Made like ours, so that both have the same rows; the teacher is no part of plain training.
-            teacher.clear()
-            trainer.teacher_model = None
-            trainer = Trainer(
-                model=trainer.model,
-                args=TrainingArguments(**arguments, remove_unused_columns=False),
-                train_dataset=trainer.train_dataset,
-                data_collator=StockCollator(made),
-                callbacks=[times],
-            )
-        reset_peak_memory()
-        trainer.train()
-    return times.seconds[2:], peak_memory()
+        trainer = ours(stage, kind, words, smoke, arguments)
+        if baseline is not None:
+            trainer = BASELINES[baseline](trainer, arguments)
+        # What was made on the way (a further model, say) is no part of plain training.
+        release()
+        train(trainer, meter)
+    return meter.seconds[2:], meter.peak - before, meter.step_memory
 
 
-def measure(kind: str, stage: str, steps: int, rounds: int, words: int, smoke: bool) -> dict[str, Any]:
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    memory: dict[bool, list[int]] = {True: [], False: []}
-    for _ in range(rounds):
-        for stock in (True, False):
-            found, peak = block(kind, stage, stock, steps, words, smoke)
-            seconds[stock] += found
-            memory[stock].append(peak)
-    step, peak = ({stock: statistics.median(values[stock]) for stock in values} for values in (seconds, memory))
+def flop_ratio(smoke: bool, kind: str, words: int) -> float:
+    """RobustKD's distillation over training its student: (student's three passes + teacher's one) / student's three."""
+    given = networks("robustkd/distil", kind, smoke)
+    made = shapes.tokenizer(kind == "encoder")
+    rows = shapes.task(kind).tokenize(shapes.rows(BATCH, words), made)
+    batch = DefenseCollator(made)(list(rows))
+
+    def flops(model: nn.Module, learns: bool) -> int:
+        trainer = DefenseTrainer(model=model, processing_class=made, args=DefenseTrainer.config_class()("-"))
+        model.train(learns)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns):
+            logits = trainer.forward(model, trainer._prepare_inputs(batch)).logits
+            if learns:
+                logits.sum().backward()
+        return counter.get_total_flops()
+
+    student = flops(given["model"], learns=True)
+    return 1 + flops(given["teacher_model"], learns=False) / student
+
+
+def memories(stage: str, kind: str, words: int, smoke: bool) -> dict[str | None, tuple[int, int]]:
+    """Peak and step memory of ours and of the baselines."""
     return {
-        "stage": stage,
-        "model": kind,
-        "words": words,
-        "time_ratio": round(step[False] / step[True], 3),
-        "memory_ratio": round(peak[False] / peak[True], 3),
-        "seconds": round(step[False], 4),
-        "stock_seconds": round(step[True], 4),
+        side: block(stage, kind, side, 3, words, smoke, memory=True)[1:] for side in (None, *baselines(stage, kind))
     }
 
 
-def main() -> None:
+def measure(
+    stage: str, kind: str, steps: int, rounds: int, words: int, smoke: bool, memory: dict[str | None, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """A row for each baseline."""
+    seconds: dict[str | None, list[float]] = {side: [] for side in memory}
+    for turn in range(rounds):
+        # In turns, in an order that turns as well.
+        for side in list(memory)[:: -1 if turn % 2 else 1]:
+            seconds[side] += block(stage, kind, side, steps, words, smoke, memory=False)[0]
+    step = {side: statistics.median(values) for side, values in seconds.items()}
+    more = {"flop_ratio": round(flop_ratio(smoke, kind, words), 3)} if stage == "robustkd/distil" else {}
+    return [
+        {
+            "stage": stage,
+            "model": kind,
+            "baseline": side,
+            "words": words,
+            "time_ratio": round(step[None] / step[side], 3),
+            "memory_ratio": round(memory[None][0] / memory[side][0], 3),
+            "step_memory_ratio": round(memory[None][1] / memory[side][1], 3),
+            "seconds": round(step[None], 4),
+            "baseline_seconds": round(step[side], 4),
+            "megabytes": [round(bytes_ / 2**20) for bytes_ in memory[None]],
+            "baseline_megabytes": [round(bytes_ / 2**20) for bytes_ in memory[side]],
+            **(more if side == "trainer" else {}),
+        }
+        for side in baselines(stage, kind)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run")
     parser.add_argument("--words", type=int, default=30, help="words in a row (default: 30)")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--stages", nargs="+", default=[*STAGES, *WHOLE_RUNS], choices=[*STAGES, *WHOLE_RUNS])
     parser.add_argument("--models", nargs="+", default=["encoder", "causal_lm"], choices=["encoder", "causal_lm"])
+    parser.add_argument("--steps", type=int, default=6, help="steps of a block, the first two not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="blocks of each (default: 3)")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
-    options = parser.parse_args()
-    steps, rounds = (4, 1) if options.smoke else (8, 2)
-    found = []
-    print(f"{'model':<10} {'stage':<20} {'time':>6} {'memory':>7}   (ours / stock)")
+    options = parser.parse_args(arguments)
+    begin()
+    steps, rounds = (3, 1) if options.smoke else (options.steps, options.rounds)
+    found, memory = [], {}
+    # All of it first: what training leaves in malloc's hands would count as used.
+    with tight_allocations():
+        for kind in options.models:
+            # What is loaded on first use is no part of a stage.
+            block(
+                "fine_tuning", kind, baselines("fine_tuning", kind)[-1], 3, options.words, options.smoke, memory=True
+            )
+            for stage in options.stages:
+                if stage in STAGES:
+                    memory[kind, stage] = memories(stage, kind, options.words, options.smoke)
+    print(f"{'model':<10} {'stage':<20} {'baseline':<9} {'time':>6} {'memory':>7} {'a step`s':>9}   (ours / baseline)")
     for kind in options.models:
         for stage in options.stages:
-            row = measure(kind, stage, steps, rounds, options.words, options.smoke)
-            found.append(row)
-            print(f"{kind:<10} {row['stage']:<20} {row['time_ratio']:>6.2f} {row['memory_ratio']:>7.2f}", flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    result = {
-        "rows": found,
-        "device": device,
-        "machine": platform.machine(),
-        "date": str(date.today()),
-        "versions": versions(),
-    }
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+            whole = WHOLE_RUNS.get(stage)
+            if whole is not None:
+                made = whole(kind, options.words, options.smoke)
+            else:
+                size = (options.words, options.smoke)
+                made = measure(stage, kind, steps, rounds, *size, memory[kind, stage])
+            found += made
+            for row in made:
+                ratios = [row.get(name) for name in ("time_ratio", "memory_ratio", "step_memory_ratio")]
+                shown = " ".join(f"{'-' if ratio is None else format(ratio, '.2f'):>7}" for ratio in ratios)
+                print(f"{kind:<10} {row['stage']:<20} {row['baseline']:<9} {shown}", flush=True)
+    tell(found, options.output)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,101 @@
 """The benchmarks run, and their published tables are what their result files say."""
 
-import importlib.util
+import gc
+import importlib
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import enable_progress_bars
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_trainer_overhead_prints_a_row_for_each_stage_and_model():
-    command = [sys.executable, str(BENCHMARKS / "trainer_overhead.py"), "--smoke"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = json.loads(shown.splitlines()[-1])["rows"]
-    found = {(row["model"], row["stage"]) for row in rows}
-    assert {("encoder", "locphylax/inject"), ("causal_lm", "locphylax/inject")} <= found
-    assert all(row["time_ratio"] > 0 and row["memory_ratio"] > 0 for row in rows)
+@pytest.fixture
+def smoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
+    """Runs a benchmark in its smallest form, and gives its rows."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name: str, *options: str) -> list[dict[str, Any]]:
+        importlib.import_module(name).main(["--smoke", *options])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+    yield run
+    gc.unfreeze()
+    enable_progress_bars()
 
 
-def test_attention_distillation_equals_eager_maps():
-    command = [sys.executable, str(BENCHMARKS / "attention_distillation.py"), "--smoke"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = json.loads(shown.splitlines()[-1])["rows"]
+@pytest.mark.parametrize(("kind", "counts"), [("encoder", ["trainer"]), ("causal_lm", ["trainer", "sft"])])
+def test_trainer_overhead_has_a_row_for_each_stage_and_baseline(smoke, kind, counts):
+    stages = {
+        "encoder": ["locphylax/inject", "locphylax/recover", "mbtsad/retrain", "robustkd/mask"],
+        "causal_lm": ["mbtsad/distil", "robustkd/distil", "ntml/non_target", "ntml/mutual"],
+    }[kind]
+    rows = smoke("trainer_overhead", "--models", kind, "--stages", *stages)
+    wanted = {(stage, baseline) for stage in stages for baseline in counts}
+    wanted |= {("robustkd/distil", "vanilla")} if kind == "causal_lm" else set()
+    assert {(row["stage"], row["baseline"]) for row in rows} == wanted
+    assert all(row["model"] == kind and row["time_ratio"] > 0 and row["memory_ratio"] > 0 for row in rows)
+    # A student of half the layers: the teacher's pass costs two thirds of its three, and a little less with what both have.
+    assert all(1.4 < row["flop_ratio"] < 1.7 for row in rows if "flop_ratio" in row)
+
+
+def test_whole_runs_are_compared_with_plain_training_and_with_distillation(smoke):
+    stages = ["ntml/pipeline", "robustkd/mask_share"]
+    rows = smoke("trainer_overhead", "--models", "encoder", "--stages", *stages)
+    pipelines = [row for row in rows if row["stage"] == "ntml/pipeline"]
+    assert [row["clean_fraction"] for row in pipelines] == [0.01, 0.05]
+    assert 1 < pipelines[0]["time_ratio"] < pipelines[1]["time_ratio"]
+    (share,) = [row for row in rows if row["stage"] == "robustkd/mask_share"]
+    assert share["distillation_steps"] == 375 and share["time_ratio"] > 0
+
+
+def test_attention_distillation_equals_eager_maps(smoke):
+    rows = smoke("attention_distillation")
     assert rows and all(row["error"] < 1e-5 and row["memory_ratio_to_finetuning"] > 0 for row in rows)
 
 
-def test_the_published_table_is_made_from_the_published_results():
-    spec = importlib.util.spec_from_file_location("efficacy", BENCHMARKS / "efficacy.py")
-    efficacy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(efficacy)
+def test_evaluation_gives_the_answers_of_a_loop(smoke):
+    rows = smoke("evaluation_throughput")
+    assert {row["task"] for row in rows} >= {"generation", "label_words"}
+    assert all(row["same_answers"] and row["speedup"] > 0 and row["samples"] == 6 for row in rows)
+
+
+def test_gpu_7b_trains_every_stage_and_goes_on_after_a_row_that_does_not_fit(smoke, monkeypatch):
+    rows = smoke("gpu_7b", "--models", "llama-3.1-8b", "--precisions", "lora")
+    assert [row["stage"] for row in rows] == ["locphylax/inject", "mbtsad/distil", "robustkd/distil"]
+    assert all(row["tokens_per_second"] > 0 and row["teraflops"] >= 0 for row in rows)
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(importlib.import_module("gpu_7b"), "build", full)
+    rows = smoke("gpu_7b", "--stages", "mbtsad/distil", "--precisions", "lora")
+    assert [row["error"] for row in rows] == ["out of memory"] * 2
+
+
+def test_qlora_trains_over_quantized_weights(smoke):
+    pytest.importorskip("bitsandbytes")
+    (row,) = smoke("gpu_7b", "--models", "qwen2.5-7b", "--stages", "locphylax/inject", "--precisions", "qlora")
+    assert row["tokens_per_second"] > 0 and row["checkpointing"]
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("llama_8b", 8_030_261_248), ("qwen_7b", 7_615_616_512)])
+def test_shapes_are_the_real_models(monkeypatch, shape, parameters):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    shapes = importlib.import_module("shapes")
+    with torch.device("meta"):
+        model = shapes.build(getattr(shapes, shape)())
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_the_published_table_is_made_from_the_published_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    efficacy = importlib.import_module("efficacy")
     methods = [folder.name for folder in efficacy.RESULTS.iterdir() if folder.is_dir()]
     assert methods
     for method in methods:
