@@ -255,7 +255,9 @@ class DefenseTrainer(Trainer):
             arguments["logits_to_keep"] = keep
         if hidden_states:
             arguments["output_hidden_states"] = list(hidden_states)
-        outputs = model(**arguments, **more)
+        # A model that the engine has wrapped does so by itself; a teacher would run in float32, at several times the cost.
+        with self.accelerator.autocast():
+            outputs = model(**arguments, **more)
         if keep is not None and outputs.logits.shape[1] != keep:
             outputs.logits = outputs.logits[:, -keep:]
         return outputs

@@ -332,3 +332,12 @@ def test_evaluate_and_predict_take_raw_rows(tmp_path, name):
     by_hand = trainer.evaluate(kind.tokenize(rows, trainer.processing_class))
     assert trainer.evaluate(rows)["eval_loss"] == by_hand["eval_loss"]
     assert len(trainer.predict(rows).predictions) == 12
+
+
+def test_a_teacher_runs_in_the_precision_that_the_student_is_trained_in(tmp_path):
+    trainer = tiny.trainer("sequence_classification", "distil", tmp_path, bf16=True, max_steps=1)
+    seen = []
+    layer = trainer.teacher.get_submodule("bert.encoder.layer.0.intermediate.dense")
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}

@@ -20,7 +20,7 @@ from ..trainer import base_model
 # The paper's three blocks.
 NUM_LAYERS = 3
 # Clean rows that a mean feature is taken over.
-MEASURED_ROWS = 1024
+MEASURED_ROWS = 256
 
 
 def spread(number: int, count: int) -> list[int]:

@@ -70,7 +70,8 @@ class FeatureMaskTrainer(DefenseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Sets p to the mean clean feature, and fits from there (or goes on from a checkpoint)."""
-        self.model.initialize(self.teacher, clean_batches(self))
+        with self.accelerator.autocast():
+            self.model.initialize(self.teacher, clean_batches(self))
         return super().train(*args, **kwargs)
 
     def loss_terms(

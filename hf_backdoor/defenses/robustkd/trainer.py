@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from ..engines import SHARDED
+from ..engines import SHARDED, whole
 from ..trainer import DefenseTrainer
 from .config import RobustKDConfig
 from .connectors import StudentWithConnectors, make_connectors
@@ -140,12 +140,10 @@ class RobustKDTrainer(DefenseTrainer):
             return nn.ModuleList()
         inputs = next(clean_batches(self))
         _, theirs = self.teach(inputs)
-        with looking(self.model), captured(self.model, self.student_feature_layers) as ours:
-            self.model(**model_inputs(self.model, inputs))
-        pairs = [
-            (ours[own], theirs[name])
-            for own, name in zip(self.student_feature_layers, self.teacher_feature_layers, strict=True)
-        ]
+        layers, student = self.student_feature_layers, self.model
+        with whole(student.parameters()), looking(student), captured(student, layers) as ours:
+            student(**model_inputs(student, inputs))
+        pairs = [(ours[own], theirs[name]) for own, name in zip(layers, self.teacher_feature_layers, strict=True)]
         if self.args.feature_loss == "margin":
             if any(feature.dim() != 4 for feature in theirs.values()):
                 raise ValueError(

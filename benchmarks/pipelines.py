@@ -1,0 +1,122 @@
+"""Whole runs, for `trainer_overhead.py`: NT-ML's pipeline over plain training, and what fitting RobustKD's mask adds."""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import shapes
+import yaml
+from measuring import DEVICE, StepMeter, clock, synchronize, train
+
+from hf_backdoor import DefenseTrainer
+from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLTrainer
+from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer, student_from_layers
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CLEAN_FRACTIONS = (0.01, 0.05)
+
+
+def prepared(trainer: type[DefenseTrainer], kind: str, **options: Any) -> DefenseTrainer:
+    """A trainer in a folder that nothing is written to."""
+    own = {name: options.pop(name) for name in list(options) if name in ("model", "train_dataset") or "_model" in name}
+    own |= {"feature_mask": options.pop("feature_mask")} if "feature_mask" in options else {}
+    config = trainer.config_class()(
+        output_dir=tempfile.gettempdir(), save_strategy="no", use_cpu=DEVICE == "cpu", disable_tqdm=True,
+        logging_steps=10_000, **options,
+    )  # fmt: skip
+    made = shapes.tokenizer(kind == "encoder")
+    return trainer(args=config, processing_class=made, task=shapes.task(kind), **own)
+
+
+def step_seconds(trainer: DefenseTrainer) -> float:
+    """Of a step, the median but for the first two."""
+    meter = StepMeter()
+    train(trainer, meter)
+    return statistics.median(meter.seconds[2:])
+
+
+def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
+    """Training on the suspect rows, soft labels, training on these, mutual learning: all of it over the first alone, on
+    the same rows and for the same epochs, with 1% and with 5% of clean rows.
+
+    Rows, batches and epochs are those of `recipes/ntml/agnews_minilm.yaml`; a step of each training, and the soft labels of
+    some batches, are measured and multiplied.
+    """
+    recipe = yaml.safe_load((RECIPES / "ntml" / "agnews_minilm.yaml").read_text())
+    batch, count, stages = recipe["per_device_train_batch_size"], recipe["max_train_samples"], recipe["stages"]
+    options = {"per_device_train_batch_size": batch, "bf16": recipe["bf16"], "max_steps": 3 if smoke else 8}
+    rows = shapes.rows(batch * options["max_steps"], words)
+    plain = prepared(DefenseTrainer, kind, model=shapes.small_model(kind, smoke), train_dataset=rows, **options)
+    costs = {"target": step_seconds(plain)}
+    second = prepared(
+        NonTargetTrainer, kind, model=shapes.small_model(kind, smoke), train_dataset=rows, teacher_model=plain.model, **options
+    )  # fmt: skip
+    start = clock()
+    second.train_dataset = second.with_teacher_logits(second.train_dataset)
+    synchronize()
+    costs["soft_labels"] = (clock() - start) / options["max_steps"]
+    costs["non_target"] = step_seconds(second)
+    mutual = prepared(NTMLTrainer, kind, model=second.model, train_dataset=rows, target_model=plain.model, **options)
+    costs["mutual"] = step_seconds(mutual)
+    made = []
+    for fraction in CLEAN_FRACTIONS:
+        passes = {
+            "target": stages["suspect"]["num_train_epochs"],
+            "soft_labels": 1,
+            "non_target": stages["non_target"]["num_train_epochs"],
+            "mutual": stages["mutual"]["num_train_epochs"] * fraction,
+        }
+        whole = {name: passes[name] * count / batch * cost for name, cost in costs.items()}
+        made.append(
+            {
+                "stage": "ntml/pipeline",
+                "model": kind,
+                "baseline": "trainer",
+                "words": words,
+                "clean_fraction": fraction,
+                "epochs": {name: stages[name]["num_train_epochs"] for name in ("suspect", "non_target", "mutual")},
+                "time_ratio": round(sum(whole.values()) / whole["target"], 3),
+                "seconds_of_a_batch": {name: round(cost, 4) for name, cost in costs.items()},
+                "seconds": {name: round(value, 1) for name, value in whole.items()},
+            }
+        )
+    return made
+
+
+def mask_share(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
+    """Seconds of fitting a mask over those of the distillation, with the settings of `recipes/robustkd/sst2_minilm.yaml`.
+
+    Fitting is run as it is; of the distillation, some steps are.
+    """
+    recipe = yaml.safe_load((RECIPES / "robustkd" / "sst2_minilm.yaml").read_text())
+    batch, rate = recipe["per_device_train_batch_size"], recipe["stages"]["mask"]["learning_rate"]
+    count = round(recipe["max_train_samples"] * recipe["clean_fraction"])
+    steps = -(-count // batch) * recipe["num_train_epochs"]
+    options = {"per_device_train_batch_size": batch, "bf16": recipe["bf16"]}
+    fitted, measured = (2, 3) if smoke else (recipe["stages"]["mask"]["max_steps"], 16)
+    clean = shapes.rows(2 * batch if smoke else count, words)
+    teacher = shapes.small_model(kind, smoke)
+    fitting = prepared(
+        FeatureMaskTrainer, kind, model=teacher, train_dataset=clean, max_steps=fitted, learning_rate=rate, **options
+    )
+    spent = train(fitting)
+    student = student_from_layers(teacher, teacher.config.num_hidden_layers // 2).train()
+    distilling = prepared(
+        RobustKDTrainer, kind, model=student, train_dataset=clean, teacher_model=teacher, max_steps=measured,
+        feature_mask=fitting.model, **options,
+    )  # fmt: skip
+    whole = step_seconds(distilling) * steps
+    return [
+        {
+            "stage": "robustkd/mask_share",
+            "model": kind,
+            "baseline": "distil",
+            "words": words,
+            "time_ratio": round(spent / whole, 3),
+            "mask_steps": fitted,
+            "distillation_steps": steps,
+            "seconds": {"mask": round(spent, 3), "distillation": round(whole, 3)},
+        }
+    ]
