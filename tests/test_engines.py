@@ -198,30 +198,32 @@ def recipe(tmp_path_factory):
     content = {
         "model_name_or_path": str(folder / "model"), "task": "sequence_classification",
         "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.2, "max_train_samples": 24, "clean_fraction": 0.5,
-        "attack_trigger": "zq", "target_label": 1, "method": "locphylax", "known_triggers": list(tiny.KNOWN[:2]),
-        "optim": "sgd", "learning_rate": 0.01, "num_train_epochs": 1, "save_strategy": "no", "disable_tqdm": True,
-        "output_dir": str(folder / "run"), "stages": {"inject": {"learning_rate": 2e-6}},
+        "attack_trigger": "zq", "target_label": 1, "adam_epsilon": 1.0, "learning_rate": 0.01, "num_train_epochs": 1,
+        "save_strategy": "no", "disable_tqdm": True, "output_dir": str(folder / "run"),
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
 
 
-@functools.cache
-def rows_of_one_process(recipe, folder):
-    return run(load_recipe(recipe, ["--output_dir", str(folder), "--per_device_train_batch_size", "6"])).rows
+METHODS = {
+    "locphylax": ("--known_triggers", str(list(tiny.KNOWN[:2])), "--stages.inject.learning_rate", "2e-6"),
+    "mbtsad": ("--split_min_chars", "3", "--use_peft", "true", "--lora_r", "2"),
+    "robustkd": ("--student_layers", "1"),
+}
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_a_run_gives_the_same_results(engine, recipe, tmp_path, root):
-    def work():
-        overrides = ["--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "3"]
-        results = run(load_recipe(recipe, overrides))
-        assert PartialState().num_processes == 2
-        return [row.__dict__ for row in results.rows]
+@pytest.mark.parametrize(
+    "engine, method", [("fsdp2", "locphylax"), ("zero3", "locphylax"), ("zero2", "mbtsad"), ("zero3", "robustkd")]
+)
+def test_a_run_gives_the_same_results(engine, method, recipe, tmp_path):
+    def results(name, size):
+        overrides = ["--output_dir", str(tmp_path / name), "--per_device_train_batch_size", size]
+        made = run(load_recipe(recipe, ["--method", method, *METHODS[method], *overrides]))
+        return [row.__dict__ for row in made.rows], PartialState().num_processes
 
-    found = engines.in_engine(engine, work, tmp_path, engines.launched(engine))
-    assert found == [row.__dict__ for row in rows_of_one_process(recipe, root / "one")]
-    assert (tmp_path / "run" / "cleaned" / "model.safetensors").exists()
+    found, processes = engines.in_engine(engine, lambda: results("two", "3"), tmp_path, engines.launched(engine))
+    assert processes == 2 and found == results("one", "6")[0]
+    assert (tmp_path / "two" / "cleaned" / "model.safetensors").exists()
 
 
 def test_a_run_up_to_a_stage_measures_nothing(recipe, tmp_path):
@@ -231,7 +233,7 @@ def test_a_run_up_to_a_stage_measures_nothing(recipe, tmp_path):
 
 
 def test_engines_that_share_a_model_out_are_launched_stage_by_stage(recipe, tmp_path):
-    overrides = ["--output_dir", str(tmp_path)]
+    overrides = ["--output_dir", str(tmp_path), "--method", "locphylax", "--known_triggers", str(list(tiny.KNOWN[:2]))]
     (tmp_path / "suspect").mkdir()
     (tmp_path / "suspect" / "stage.json").write_text("{}")
     assert [stage[-1:] for stage in stages_to_launch("zero3", recipe, overrides)] == [["inject"], ["cleaned"], []]

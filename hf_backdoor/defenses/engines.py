@@ -40,6 +40,11 @@ def asked_for(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
 
 
+def zero3_launched() -> bool:
+    """Whether `accelerate launch` was told to use DeepSpeed ZeRO-3: known before a trainer is made."""
+    return asked_for("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
 def layer_classes(model: PreTrainedModel) -> list[str]:
     """Names of the classes of a model's layers: what FSDP shards one by one.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..method import Method, Step
 from ..trainer import DefenseTrainer
-from .classes import refuse_unfit
+from .classes import refuse_run, refuse_unfit
 from .config import NTMLConfig
 from .pair import NETWORKS
 from .suspicion import suspicion_quality, suspicion_table
@@ -34,7 +34,7 @@ METHOD = Method(
         },
     },
     needs="the rows that the suspect was trained on, and a few clean rows (1% of them or more)",
-    refuse=lambda task: refuse_unfit(task, getattr(task, "num_labels", 0)),
+    refuse=refuse_run,
 )
 
 __all__ = [

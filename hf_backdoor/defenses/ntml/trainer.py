@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ...data import Trigger, stamp
 from ..trainer import base_model
-from .classes import ClassTrainer, feature_states
+from .classes import ClassTrainer, feature_states, refuse_zero3
 from .losses import feature_loss, non_target_loss, prediction_loss
 from .pair import NETWORKS, AdapterPair, ModelPair, Pair, has_both_adapters
 from .suspicion import suspicion_table
@@ -152,10 +152,7 @@ class NTMLTrainer(ClassTrainer):
                 "PeftModel with adapters 'target' and 'non_target' as model)"
             )
         if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "the engine is DeepSpeed ZeRO-3, which can't train two whole models at once: use ZeRO-2, DDP or FSDP, or "
-                "two adapters in one model"
-            )
+            refuse_zero3()
         target = self.target_model
         if isinstance(target, str):
             own = base_model(model)
