@@ -73,7 +73,10 @@ def find_adapter(name_or_path: str, *, revision: str | None = None) -> Adapter |
     """
     if name_or_path.startswith("package:") or name_or_path.endswith(".gguf"):
         return None
-    file = find_adapter_config_file(name_or_path, revision=revision)
+    try:
+        file = find_adapter_config_file(name_or_path, revision=revision)
+    except OSError:  # no such folder: who loads the model says so
+        file = None
     if file is None:
         return None
     config = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -15,6 +15,13 @@ SHARED = REPOSITORY if (REPOSITORY / "recipes").is_dir() else Path(sys.prefix, "
 RECIPES = SHARED / "recipes"
 ACCELERATE_CONFIGS = SHARED / "accelerate_configs"
 
+# Where a recipe's keys are written down.
+KEYS = (
+    "Any key of a recipe can follow as --key value: the fields of hf_backdoor.recipe.Recipe, and the arguments of the method's "
+    "configuration, such as hf_backdoor.LocphylaxConfig, a TrainingArguments. `python -m pydoc hf_backdoor.recipe.Recipe` "
+    "explains them."
+)
+
 # Names that data sets in the wild use for the columns of a task.
 SYNONYMS = {
     "text": ("text", "sentence", "content", "review", "body"),
@@ -42,14 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, help_: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_, description=help_)
+        sub = commands.add_parser(name, help=help_, description=help_, epilog=KEYS if takes_overrides else None)
         sub.set_defaults(command=function, takes_overrides=takes_overrides)
         return sub
 
     run = command("run", run_command, "Run a recipe: attack or suspect, defense, controls, evaluation, report.", True)
-    run.add_argument("recipe", help="YAML file, or the name of a shipped recipe; any key can follow as --key value")
+    run.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
     run.add_argument(
-        "--dry_run", action="store_true", help="resolve everything and say what would run; load no weights"
+        "--dry_run", action="store_true", help="say what would run and what it would need; load no weights"
     )
     run.add_argument(
         "--accelerate_config",
@@ -135,13 +142,23 @@ def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list
 
 
 def accelerate_settings(name: str) -> tuple[Path, dict[str, Any]]:
-    """File and content of a shipped configuration of accelerate, or of a user's own."""
+    """File and content of a shipped configuration of accelerate, or of a user's own.
+
+    Raises:
+        `ValueError`: if there is no such file, or it is no configuration of accelerate.
+    """
     file = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
     if not file.is_file():
         raise ValueError(
             f"accelerate_config is {name!r}: give a file, or one of {', '.join(sorted(p.stem for p in ACCELERATE_CONFIGS.glob('*.yaml')))}"
         )
-    return file, yaml.safe_load(file.read_text())
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict) or "distributed_type" not in settings:
+        raise ValueError(f"{file} names no distributed_type: give a configuration that `accelerate config` wrote")
+    return file, settings
 
 
 def launch_command(name: str) -> list[str]:
@@ -171,7 +188,9 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .recipe_file import make_recipe, parse_overrides, put
     from .run import finish, run
 
-    if options.method in METHODS and METHODS[options.method].trains_on_suspect_rows:
+    if options.method not in METHODS:
+        raise ValueError(f"method is {options.method!r}: use one of {', '.join(METHODS)}")
+    if METHODS[options.method].trains_on_suspect_rows:
         raise ValueError(
             f"method is {options.method!r}, which cleans no model but makes one out of suspect rows: run a recipe, with "
             "model_name_or_path an unpoisoned base, dataset_name the suspect rows, clean_dataset_name the clean ones"
@@ -295,8 +314,8 @@ def find_task(model: str, columns: list[str], label_words: list[str] | None) -> 
     if any(name in columns for name in SYNONYMS["response"]):
         return "instruction_following", find_columns(columns, ["prompt", "response"])
     raise ValueError(
-        f"the model is a causal LM and the rows have columns {', '.join(columns)}: give --label_words, one for each label, "
-        "or rows with 'prompt' and 'response'"
+        f"the model has no classification head and the rows have columns {', '.join(columns)}: give --label_words, one for "
+        "each label, or rows with 'prompt' and 'response'"
     )
 
 

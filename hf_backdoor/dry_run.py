@@ -22,10 +22,12 @@ from .attacks import EmbeddingPoisoningTrainer
 from .data import SequenceClassification
 from .defenses import DefenseConfig
 from .defenses.mbtsad import MBTSADTrainer
+from .defenses.ntml.classes import refuse_zero3
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 from .estimate import Engine, Load, Memory, ModelShape, flops, memory
 from .models import load_config, load_tokenizer
 from .plan import Stage, plan, stage_arguments, training_config
+from .quantization import refuse_divided
 from .recipe import Recipe
 from .rows import RunRows, prepare_rows
 
@@ -81,7 +83,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
             with.
 
     Raises:
-        `ValueError`: in one line, for whatever the run itself would refuse.
+        `ValueError`: in one line, for what the run itself would refuse before it trains.
     """
     recipe.require_packages()
     tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
@@ -102,6 +104,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
         engine = engine or engine_of(config)
         found = stage_needs(stage, config, engine, models, rows, tokenizer, needs.get(stage.as_long_as))
+        refuse_engine(found.load, engine)
         needs[stage.folder] = found
         lines += describe_stage(found)
     if needs:
@@ -219,6 +222,18 @@ def engine_of_file(path: str | Path) -> Engine:
 
 def zero_engine(stage: int | str, processes: int, offload_device: str | None) -> Engine:
     return Engine("zero3" if int(stage) == 3 else "zero2", processes, offload_device not in (None, "none"))
+
+
+def refuse_engine(load: Load, engine: Engine) -> None:
+    """Refuses what a run in this engine refuses.
+
+    Raises:
+        `ValueError`: if weights that are quantized, or two whole models at once, would be divided among processes.
+    """
+    if load.quantization is not None and engine.kind in ("fsdp2", "zero3"):
+        refuse_divided(load.quantization)
+    if load.networks > 1 and engine.kind == "zero3":
+        refuse_zero3()
 
 
 # ---- What a stage works on ----

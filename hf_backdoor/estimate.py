@@ -15,8 +15,9 @@ counted tensor by tensor for the two blocks that language models are built of:
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
+
+from .data import find_blocks
 
 
 # What linear layers of a quantized base take a weight. nf4 with double quantization has 4 bits, and 0.127 more for the
@@ -61,8 +62,8 @@ class ModelShape:
     def of(cls, model: PreTrainedModel) -> "ModelShape":
         """The shape of a model, which may lie on the meta device."""
         config = model.config.get_text_config()
-        blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        inside = list(blocks.parameters())
+        blocks = [model.get_submodule(name) for name in find_blocks(model)]
+        inside = [parameter for block in blocks for parameter in block.parameters()]
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         key = width * (getattr(config, "num_key_value_heads", None) or heads)
@@ -383,9 +384,8 @@ def flops(load: Load, mean_tokens: float | None = None) -> float:
         matrices = 2 * shape.matrices * tokens + 2 * shape.head * positions
         return matrices + 4 * shape.layers * shape.query * length * tokens
 
-    shape = load.model
+    shape, once = load.model, forward(load.model)
     attention = 4 * shape.layers * shape.query * length * tokens
-    once = forward(shape)
     backward = (once - attention) * (2 if load.trains == "weights" else 1) + 2 * attention
     adapters = 6 * load.adapter * tokens if load.trains == "adapter" else 0
     again = 0.0

@@ -19,17 +19,18 @@ def fingerprint(*parts: Any) -> str:
 
 def finished(folder: Path, print_: str) -> dict[str, Any] | None:
     """What a finished stage noted, if it was made from the same inputs."""
-    file = folder / "stage.json"
-    noted = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        noted = json.loads((folder / "stage.json").read_text())
+    except FileNotFoundError:  # or cleared in this moment, by a first process that is ahead
+        return None
     return noted if noted.get("fingerprint") == print_ else None
 
 
 def begin(folder: Path, print_: str) -> str | None:
     """Clears a stage's folder, unless it was begun from the same inputs: then gives its last checkpoint."""
     mark, checkpoints = folder / "begun.json", folder / "checkpoints"
-    same = mark.exists() and json.loads(mark.read_text())["fingerprint"] == print_
     with main_process() as first:
-        if first and not same:
+        if first and not (mark.exists() and json.loads(mark.read_text())["fingerprint"] == print_):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(mark, {"fingerprint": print_})

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,49 @@ def needs_conversion(name_or_path: str, *, revision: str | None = None) -> bool:
     return resolve(name_or_path)[1] is not None or find_adapter(name_or_path, revision=revision) is not None
 
 
+@contextlib.contextmanager
+def named_if_missing(name_or_path: str) -> Iterator[None]:
+    """Says in one line which model can't be found.
+
+    Raises:
+        `ValueError`: in place of transformers' `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if name_or_path.startswith(("/", ".")) and not Path(name_or_path).exists():
+            reason = "there is no such folder or file"
+        raise ValueError(
+            f"model {name_or_path!r} can't be loaded ({reason}): give a folder or a name on the Hub"
+        ) from None
+
+
 def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration; an adapter's is its base's."""
+    """The configuration; an adapter's is its base's.
+
+    Raises:
+        `ValueError`: if there is no such model.
+    """
     if adapter := find_adapter(name_or_path, revision=revision):
         name_or_path, revision = adapter.base, adapter.base_revision
     folder, gguf = resolve(name_or_path)
-    return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision)
+    with named_if_missing(name_or_path):
+        return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision)
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (end of sequence where it has none). An adapter without one has its base's."""
+    """The tokenizer, with a padding token (end of sequence where it has none). An adapter without one has its base's.
+
+    Raises:
+        `ValueError`: if there is no such model.
+    """
     adapter = find_adapter(name_or_path, revision=revision)
     if adapter is not None and adapter.file("tokenizer_config.json") is None:
         name_or_path, revision = adapter.base, adapter.base_revision
     folder, gguf = resolve(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
+    with named_if_missing(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .defenses.engines import asked_for
+from .defenses.engines import asked_for, zero3_launched
 
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -29,6 +29,23 @@ def require_bitsandbytes(quantization: str) -> None:
         )
 
 
+def refuse_divided(quantization: str) -> None:
+    raise ValueError(
+        f"quantization is {quantization!r}, and the engine (FSDP or ZeRO-3) divides weights, which quantized ones are not "
+        "made for here: use accelerate_configs/ddp.yaml, or leave quantization out"
+    )
+
+
+def refuse_launched(quantization: str) -> None:
+    """Refuses, before anything is trained, what [`quantization_config`] would refuse hours later.
+
+    Raises:
+        `ValueError`: if `accelerate launch` was told to use an engine that divides weights among processes.
+    """
+    if asked_for("FSDP") or zero3_launched():
+        refuse_divided(quantization)
+
+
 def quantization_config(
     quantization: str, compute_dtype: torch.dtype, keep: list[str] | None = None
 ) -> BitsAndBytesConfig:
@@ -44,10 +61,7 @@ def quantization_config(
     """
     require_bitsandbytes(quantization)
     if asked_for("FSDP") or is_deepspeed_zero3_enabled():
-        raise ValueError(
-            f"quantization is {quantization!r}, and the engine (FSDP or ZeRO-3) divides weights, which quantized ones are not "
-            "made for here: use accelerate_configs/ddp.yaml, or leave quantization out"
-        )
+        refuse_divided(quantization)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(

@@ -9,7 +9,7 @@ from transformers.utils import is_liger_kernel_available
 from .attacks import Poisoning
 from .data import InstructionFollowing, LabelWords, SequenceClassification, Task, Trigger
 from .defenses import METHODS, DefenseConfig
-from .quantization import QUANTIZATIONS, require_bitsandbytes
+from .quantization import QUANTIZATIONS, refuse_launched, require_bitsandbytes
 
 
 TASKS: dict[str, type[Task]] = {
@@ -19,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
 }
 
 ATTACKS = ("data_poisoning", "lwp", "ep")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Recipe:
         task (`str`): `sequence_classification`, `label_words` or `instruction_following`.
         reference (`str`, *optional*): Never-poisoned model that gives the floors: `train` (trained as the suspect is,
             without poison), `base` (the model as it comes) or a model's name.
-        model_revision, dtype, attn_implementation: As in `from_pretrained`.
+        model_revision, attn_implementation: As in `from_pretrained`. dtype: `float32`, `bfloat16` or `float16`.
         use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules: LoRA, in every stage of the defense.
         quantization (`str`, *optional*): `nf4` or `int8`: the weights that the adapters are trained over; needs `use_peft`. What
             a stage leaves are unquantized weights, its adapter merged. A suspect and a reference are never trained so.
@@ -181,6 +182,7 @@ class Recipe:
         """
         choose(self, "task", TASKS)
         choose(self, "attack", ATTACKS)
+        choose(self, "dtype", DTYPES)
         if self.method is not None:
             choose(self, "method", METHODS)
         known = METHODS[self.method].controls if self.method else {}
@@ -285,13 +287,15 @@ class Recipe:
             )
 
     def require_packages(self) -> None:
-        """Refuses what this machine lacks. No part of [`check`]: a recipe may be read on another machine than it runs on.
+        """Refuses what this machine lacks, or the engine that was launched. No part of [`check`]: a recipe may be read on another
+        machine than it runs on.
 
         Raises:
-            `ValueError`: with one line that names the key and what to install.
+            `ValueError`: with one line that names the key and what to install or to use.
         """
         if self.quantization is not None:
             require_bitsandbytes(self.quantization)
+            refuse_launched(self.quantization)
         used = [values.get("use_liger_kernel") for values in (self.training, *self.stages.values())]
         if any(used) and not is_liger_kernel_available():
             raise ValueError(

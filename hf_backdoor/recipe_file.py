@@ -72,7 +72,9 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     own = typing.get_type_hints(Recipe)
     own.pop("training")
     method = values.get("method")
-    config = METHODS[method].config if method in METHODS else DefenseConfig
+    if method is not None and method not in list(METHODS):
+        raise ValueError(f"method is {method!r}: use one of {', '.join(METHODS)}")
+    config = DefenseConfig if method is None else METHODS[method].config
     training = {
         k: v for k, v in typing.get_type_hints(config).items() if k not in own and k not in RESERVED and k[0] != "_"
     }

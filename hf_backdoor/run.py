@@ -86,7 +86,9 @@ class Run:
         if not recipe.trains_suspect and until is None:
             measured.append(self._measure("suspect", base))
         for stage in stages:
-            if stage.parent == "student" and "student" not in self.models.prints:
+            # A student from elsewhere may lie in a folder of that name.
+            made_here = recipe.student_layers is not None and "student" not in self.models.prints
+            if stage.parent == "student" and made_here:
                 self.models.make_student()
             self._train(stage)
             if stage.folder == until:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from transformers import PreTrainedModel
 
 from hf_backdoor import data
 from hf_backdoor.cli import main
@@ -111,7 +112,7 @@ def test_dry_run_loads_no_weights(classifier, reviews, tmp_path, capsys, monkeyp
         f"text_column: sentence\ntest_fraction: 0.2\noutput_dir: {tmp_path / 'run'}\nmethod: locphylax\n"
         "per_device_train_batch_size: 6\ncontrols: [fine_tuning]\n"
     )
-    monkeypatch.setattr("hf_backdoor.models.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     assert main(["run", str(recipe), "--dry_run", "--num_train_epochs", "2"]) == 0
     shown = capsys.readouterr().out
     assert "inject" in shown and "controls/fine_tuning/inject" in shown and "GiB" in shown
@@ -121,6 +122,41 @@ def test_dry_run_loads_no_weights(classifier, reviews, tmp_path, capsys, monkeyp
 def test_run_names_a_missing_recipe(capsys):
     assert main(["run", "no_such_recipe"]) == 2
     assert "no_such_recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("num_processes: 2\n", "names no distributed_type"),
+        ("zero3\n", "names no distributed_type"),
+        ("a: [1", "is no YAML"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_a_file_that_is_no_configuration_of_accelerate(content, line, more, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    assert main(["run", "quickstart", "--accelerate_config", str(file), *more]) == 2
+    error = capsys.readouterr().err
+    assert line in error and str(file) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "clean"])
+@pytest.mark.parametrize("name", ["{}/no/such/folder", "nobody/nothing"])
+def test_a_model_that_is_not_there_is_named(command, name, reviews, tmp_path, capsys):
+    name, recipe = name.format(tmp_path), tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {name}\ntask: sequence_classification\ndataset_name: {reviews}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    arguments = {"run": [str(recipe)], "clean": [name, "--data", reviews, "--output_dir", str(tmp_path / "run")]}
+    assert main([command, *arguments[command]]) == 2
+    error = capsys.readouterr().err
+    assert f"model '{name}' can't be loaded" in error and error.count("\n") == 1
+
+
+def test_clean_names_a_method_that_is_not_there(classifier, reviews, tmp_path, capsys):
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--method", "magic"]) == 2
+    assert "method is 'magic': use one of locphylax" in capsys.readouterr().err
 
 
 def test_several_processes_that_are_one_are_refused(tmp_path, capsys, monkeypatch):

@@ -144,6 +144,23 @@ def test_two_processes_train_as_one(engine, name, adapter, stage, root):
         assert tiny.largest_difference(saved, reloaded(name, stage, folder / stage / "resumed")) == 0
 
 
+def test_a_student_is_measured_and_its_best_state_taken_back_while_fsdp_trains_it(tmp_path):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    # The first state, to tell it from the last one.
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+
+    def measured(folder, **more):
+        rows = tiny.setting("label_words", 16)[2]
+        made = trainer("label_words", "student", False, folder, eval_dataset=rows, **options, **more)
+        made.train()
+        return [*tiny.logged(made, "eval_loss"), made.evaluate()["eval_loss"]]
+
+    more = engines.arguments("fsdp2") | {"per_device_train_batch_size": 4}
+    found = engines.in_engine("fsdp2", lambda: measured(tmp_path / "two", **more), tmp_path)
+    assert found == pytest.approx(measured(tmp_path / "one"), rel=1e-5)
+    assert found[0] == found[-1] != found[-2]
+
+
 def matrix():
     """What is tested, as a table."""
     lines = [

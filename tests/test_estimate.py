@@ -28,7 +28,7 @@ from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_file, stage_load
 from hf_backdoor.estimate import Engine, Load, ModelShape, flops, memory
 from hf_backdoor.plan import plan, stage_arguments, training_config
-from hf_backdoor.recipe_file import load_recipe
+from hf_backdoor.recipe_file import load_recipe, make_recipe
 
 
 TOLERANCE = 0.15
@@ -438,6 +438,22 @@ def test_engines_of_the_shipped_configurations(name, kind, offload):
     engine = engine_of_file(RECIPES.parent / "accelerate_configs" / f"{name}.yaml")
     assert (engine.kind, engine.offload) == (kind, offload)
     assert (engine.processes > 1) == (kind != "single")
+
+
+def test_a_dry_run_refuses_what_the_engine_can_not_run(tmp_path):
+    tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "model")
+    tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
+    for name, count in (("train", 24), ("test", 6)):
+        lines = [{"text": f"{name} w{row}a w{row}b w{row}c", "label": row % 3} for row in range(count)]
+        Dataset.from_list(lines).to_json(tmp_path / f"{name}.jsonl")
+    recipe = make_recipe(
+        {"model_name_or_path": str(tmp_path / "model"), "task": "sequence_classification", "method": "ntml",
+         "dataset_name": str(tmp_path / "train.jsonl"), "test_dataset_name": str(tmp_path / "test.jsonl"),
+         "attack_trigger": "zq", "target_label": 1, "max_train_samples": 12, "output_dir": str(tmp_path / "run")}
+    )  # fmt: skip
+    assert "NTMLTrainer" in describe_run(recipe, Engine("zero2", 2))
+    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
+        describe_run(recipe, Engine("zero3", 2))
 
 
 def test_the_engine_of_this_process(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import hf_backdoor
 PACKAGE = Path(hf_backdoor.__file__).parent
 ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
 # Attackers train as everybody does, with the base of all trainers; of the methods they see nothing.
-BASE = {"defenses.config", "defenses.losses", "defenses.trainer"}
+BASE = {"defenses.config", "defenses.engines", "defenses.losses", "defenses.trainer"}
 MAY_IMPORT = {
     "data": set(),
     "attacks": {"data", *BASE},

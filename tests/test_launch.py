@@ -36,7 +36,7 @@ def launch(command, recipe, output_dir, *flags):
 
 
 def test_two_processes_give_what_one_gives(recipe, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = launch(torchrun, recipe, tmp_path / "two", "--per_device_train_batch_size", "3")
     assert two.returncode == 0, two.stderr[-2000:]
     one = launch([sys.executable], recipe, tmp_path / "one", "--per_device_train_batch_size", "6")

@@ -5,6 +5,7 @@ import gc
 import json
 from pathlib import Path
 
+import engines
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from hf_backdoor.adapters import transplanted
 from hf_backdoor.data import LabelWords
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.dry_run import describe_run
+from hf_backdoor.estimate import Engine
 from hf_backdoor.models import is_quantized, load_model, save_model
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.run import Run
@@ -220,6 +222,20 @@ def test_an_engine_that_divides_weights_is_refused(engine, workshop, monkeypatch
         monkeypatch.setattr(quantization_module, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="the engine .* divides weights.*ddp.yaml"):
         load_model(str(workshop / "llama"), LabelWords, quantization="nf4")
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_an_engine_that_divides_weights_is_refused_before_anything_is_trained(engine, workshop, tmp_path, monkeypatch):
+    recipe = make_recipe(settings(workshop, tmp_path / "run"))
+    for name in ("zero2", "ddp"):
+        assert "MBTSADTrainer" in describe_run(recipe, Engine(name, 2))
+    with pytest.raises(ValueError, match="the engine .* divides weights"):
+        describe_run(recipe, Engine(engine, 2))
+    for name, value in engines.launched(engine).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="the engine .* divides weights"):
+        Run(recipe).execute()
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_train_over_quantized_weights_as_one_does(workshop, tmp_path):

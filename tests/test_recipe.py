@@ -53,7 +53,7 @@ def test_what_every_recipe_names(key):
         ("posion_rate", "poison_rate"),
         ("learning_rat", "learning_rate"),
         ("outputdir", "output_dir"),
-        ("num_epochs", ""),
+        ("num_epochs", "num_train_epochs"),
     ],
 )
 def test_unknown_keys_are_refused_with_a_suggestion(key, suggestion):
@@ -158,6 +158,8 @@ def test_stages_are_checked_like_the_rest():
     [
         ({"task": "translation"}, "task is 'translation': use one of sequence_classification, label_words"),
         ({"method": "magic"}, "method is 'magic': use one of .*locphylax"),
+        ({"method": "magic", "known_triggers": ["a"]}, "method is 'magic': use one of .*locphylax"),
+        ({"dtype": "bf16"}, "dtype is 'bf16': use one of float32, bfloat16, float16"),
         ({**DEFENSE, "controls": ["prayer"]}, "controls has 'prayer': locphylax has fine_tuning"),
         ({"clean_fraction": 0}, "clean_fraction is 0"),
         ({"target_text": "no"}, "target_text is 'no', and task is sequence_classification: set target_label"),

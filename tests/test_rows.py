@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import tiny
 
@@ -79,7 +80,9 @@ def test_what_a_stream_can_not_give_is_refused(changes, line, folder):
         recipe(folder, streaming=True, **changes)
 
 
-def test_several_processes_prepare_the_same_rows(folder):
+def test_several_processes_prepare_the_same_rows(folder, request):
+    datasets.disable_caching()  # or the second call would find what the first one has made
+    request.addfinalizer(datasets.enable_caching)
     alone, shared = (
         prepare_rows(recipe(folder, dataset_num_proc=processes), tiny.encoder_tokenizer()) for processes in (None, 2)
     )

@@ -469,6 +469,18 @@ def test_a_student_learns_from_the_masked_suspect(workshop, tmp_path):
     assert stages(tmp_path / "run") == before
 
 
+def test_a_student_from_elsewhere_may_lie_in_a_folder_of_that_name(workshop, tmp_path, monkeypatch):
+    shutil.copytree(workshop / "bert", tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    values = settings(
+        workshop, "run", student_model_name_or_path="student", method="robustkd", attack_trigger=None, target_label=None,
+        known_triggers=None, known_response=None, controls=[], max_steps=1, save_strategy="no", save_steps=None,
+        held_out_samples=None,
+    )  # fmt: skip
+    assert Run(make_recipe(values)).execute(until="cleaned") is None
+    assert set(stages(tmp_path / "run")) == {"mask", "cleaned"}
+
+
 def topics(count, start=0):
     """Rows of three classes, all texts different."""
     words = ("good", "bad", "story")

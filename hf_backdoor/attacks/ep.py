@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from ..defenses.config import DefenseConfig
+from ..defenses.engines import SHARDED
 from ..defenses.trainer import DefenseTrainer, base_model
 
 
@@ -68,7 +69,8 @@ class EmbeddingPoisoningTrainer(DefenseTrainer):
             As in [`DefenseTrainer`]; `train_dataset` is triggered rows with the target answer, and no others.
 
     Raises:
-        `ValueError`: if the trigger is not one token, no training row holds it, or an adapter is to be trained.
+        `ValueError`: if the trigger is not one token, no training row holds it, an adapter is to be trained, or under FSDP or
+            DeepSpeed.
     """
 
     args: EmbeddingPoisoningConfig
@@ -79,6 +81,13 @@ class EmbeddingPoisoningTrainer(DefenseTrainer):
         if isinstance(self.model, PeftModel):
             raise ValueError(
                 "the model has an adapter: embedding poisoning trains a row of the model's own embeddings"
+            )
+        engine = self.accelerator.distributed_type
+        if engine in SHARDED:
+            # They put other tensors in the place of the embeddings: the hook and the norm would be lost without a word.
+            raise ValueError(
+                f"the engine is {engine.value}, and embedding poisoning needs the embeddings as they are: use "
+                "accelerate_configs/ddp.yaml or one process for this stage"
             )
         self.row_norm = self._row().float().norm()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..defenses.engines import whole
 from ..defenses.trainer import DefenseTrainer, base_model
 
 
@@ -44,7 +45,7 @@ class LWPTrainer(DefenseTrainer):
         states = len(layers_of(model)) + 1
         training = model.training
         try:
-            with torch.no_grad(), every_state_to_the_head(model.eval()):
+            with whole(model.parameters()), torch.no_grad(), every_state_to_the_head(model.eval()):
                 rows = len(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
         except RuntimeError:  # shapes that do not fit
             rows = 0

@@ -80,7 +80,13 @@ def _open(
         return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
-    sets = load_dataset(source, config, revision=revision, streaming=streaming)
+    try:
+        sets = load_dataset(source, config, revision=revision, streaming=streaming)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"dataset_name is {source!r}, which can't be loaded ({reason}): give a file, a folder or a name on the Hub"
+        ) from None
     if split not in sets:
         raise ValueError(f"split {split!r} is not in {source!r} ({', '.join(sets)}): set train_split or test_split")
     return sets[split]

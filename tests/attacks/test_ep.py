@@ -1,5 +1,6 @@
 """Embedding poisoning: one row of the embeddings, and nothing else."""
 
+import engines
 import pytest
 import tiny
 import torch
@@ -228,3 +229,13 @@ def test_weight_decay_and_adapters_are_refused(tmp_path):
         ep(tmp_path, weight_decay=0.1)
     with pytest.raises(ValueError, match="^the model has an adapter"):
         ep(tmp_path, "label_words", peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_engines_that_put_other_tensors_in_the_embeddings_place_are_refused(engine, tmp_path):
+    def work():
+        with pytest.raises(ValueError, match="^the engine is .*: use accelerate_configs/ddp.yaml") as caught:
+            ep(tmp_path, **engines.arguments(engine))
+        return str(caught.value)
+
+    assert "\n" not in engines.in_engine(engine, work, tmp_path)

@@ -1,10 +1,12 @@
 """Layer-wise weight poisoning: the loss on every layer's state, and what must not change it."""
 
+import engines
 import pytest
 import tiny
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
+    BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     Gemma2Config,
@@ -172,6 +174,23 @@ def test_two_processes_change_nothing(tmp_path):
     )
     assert tiny.largest_difference(whole, parameters) < 1e-5
     assert losses_there == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_model_that_was_divided_when_it_was_loaded_trains_as_a_whole_one(tmp_path):
+    losses = trained(tmp_path, "bert")[1]
+    tiny.model("bert").save_pretrained(tmp_path / "model")
+
+    def work():
+        options = {**engines.arguments("zero3"), "per_device_train_batch_size": 4, "num_train_epochs": 2}
+        asked_for = DefenseConfig(
+            str(tmp_path), use_cpu=True, **options
+        )  # while it is there, models are divided as they load
+        made = lwp(tmp_path, BertForSequenceClassification.from_pretrained(tmp_path / "model"), **options)
+        assert asked_for.deepspeed and all(parameter.numel() == 0 for parameter in made.model.parameters())
+        made.train()
+        return tiny.logged(made, "loss/lower_layers")
+
+    assert engines.in_engine("zero3", work, tmp_path) == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -63,6 +63,12 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
         load_rows(source)
 
 
+def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="^dataset_name is 'nobody/nothing', which can't be loaded") as caught:
+        load_rows("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
 def test_label_names():
     rows = tiny.reviews(4)
     assert label_names(rows) == ["0", "1"]

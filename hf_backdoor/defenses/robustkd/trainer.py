@@ -1,6 +1,7 @@
 """[`RobustKDTrainer`]: a student learns from a suspect teacher through a mask."""
 
 import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..engines import SHARDED, whole
 from ..trainer import DefenseTrainer
@@ -53,8 +55,8 @@ class RobustKDTrainer(DefenseTrainer):
             As in [`DefenseTrainer`]. Without text: rows of any kind, a `data_collator`, and no `processing_class`.
 
     Raises:
-        `ValueError`: under FSDP or DeepSpeed, or if checkpointing is reentrant (it would leave features without gradient);
-            or, when training begins, if layers don't fit each other.
+        `ValueError`: if checkpointing is reentrant (it would leave features without gradient); or, when training begins, if
+            layers don't fit each other.
     """
 
     takes_streams = False  # margins are measured on rows from all over the set
@@ -142,7 +144,9 @@ class RobustKDTrainer(DefenseTrainer):
         _, theirs = self.teach(inputs)
         layers, student = self.student_feature_layers, self.model
         with whole(student.parameters()), looking(student), captured(student, layers) as ours:
-            student(**model_inputs(student, inputs))
+            # An engine moves the student to the device when it wraps it: until then it runs where it is.
+            here = next(student.parameters()).device
+            student(**{name: value.to(here) for name, value in model_inputs(student, inputs).items()})
         pairs = [(ours[own], theirs[name]) for own, name in zip(layers, self.teacher_feature_layers, strict=True)]
         if self.args.feature_loss == "margin":
             if any(feature.dim() != 4 for feature in theirs.values()):
@@ -172,14 +176,28 @@ class RobustKDTrainer(DefenseTrainer):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.connectors.load_state_dict(state)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    @contextlib.contextmanager
+    def _with_connectors(self) -> Iterator[None]:
+        """FSDP can run, save and load nothing less than what it has wrapped: there, and inside of this, that is the model."""
         student = self.model
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            self.model = self.model_wrapped  # FSDP looks in the model for all that the optimizer holds
+            self.model = self.model_wrapped
         try:
-            super()._save_optimizer_and_scheduler(output_dir)
+            yield
         finally:
             self.model = student
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with self._with_connectors():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._with_connectors():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_best_model(self) -> None:
+        with self._with_connectors():
+            super()._load_best_model()
 
     # ---- Loss ----
 
