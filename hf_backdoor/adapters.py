@@ -79,8 +79,11 @@ def find_adapter(name_or_path: str, *, revision: str | None = None) -> Adapter |
         file = None
     if file is None:
         return None
-    config = json.loads(Path(file).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{name_or_path!r} is an adapter with a broken {CONFIG}: it is no JSON object") from None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{name_or_path!r} is an adapter of no base: put base_model_name_or_path into its {CONFIG}")
     beside = Path(file).parent / base

@@ -85,7 +85,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
     Raises:
         `ValueError`: in one line, for what the run itself would refuse before it trains.
     """
-    recipe.require_packages()
+    recipe.check_machine()
     tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
     rows = prepare_rows(recipe, tokenizer)
     models = Models(recipe, getattr(rows.task, "num_labels", None))

@@ -97,7 +97,7 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
         plain = keep_trainable(model).dequantize()
     except (NotImplementedError, ValueError) as error:
         raise ValueError(
-            f"{model.name_or_path!r} has weights quantized by {kind} ({error}): name the checkpoint in full precision"
+            f"{model.name_or_path!r} has weights quantized by {kind} ({' '.join(str(error).split())}): name the checkpoint in full precision"
         ) from None
     plain._weight_conversions = (
         None  # how they were read from four bits, which can't be done backwards when they are saved

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_liger_kernel_available
@@ -9,6 +10,7 @@ from transformers.utils import is_liger_kernel_available
 from .attacks import Poisoning
 from .data import InstructionFollowing, LabelWords, SequenceClassification, Task, Trigger
 from .defenses import METHODS, DefenseConfig
+from .defenses.engines import asked_for
 from .quantization import QUANTIZATIONS, refuse_launched, require_bitsandbytes
 
 
@@ -205,6 +207,9 @@ class Recipe:
         for stage in self.stages:
             if stage not in stages:
                 raise ValueError(f"stages has {stage!r}: this run has {', '.join(sorted(stages))}")
+        name = self.model_name_or_path
+        if name in {"base", "student", "cleaned", *stages} and Path(name).is_dir():
+            raise ValueError(f"model_name_or_path is {name!r}, and the run has a folder of this name: write ./{name}")
         students = [key for key in ("student_layers", "student_model_name_or_path") if getattr(self, key) is not None]
         steps = METHODS[self.method].stages.values() if self.method else ()
         if any(step.starts_from == "student" for step in steps):
@@ -286,13 +291,18 @@ class Recipe:
                 "streaming is true, and the suspect rows of dataset_name are all to be trained on: set streaming: false"
             )
 
-    def require_packages(self) -> None:
+    def check_machine(self) -> None:
         """Refuses what this machine lacks, or the engine that was launched. No part of [`check`]: a recipe may be read on another
         machine than it runs on.
 
         Raises:
             `ValueError`: with one line that names the key and what to install or to use.
         """
+        if self.attack == "ep" and (asked_for("FSDP") or asked_for("DEEPSPEED")):
+            raise ValueError(
+                "attack is 'ep', which needs the embeddings as they are, and the engine shares them out: use "
+                "accelerate_configs/ddp.yaml, or one process"
+            )
         if self.quantization is not None:
             require_bitsandbytes(self.quantization)
             refuse_launched(self.quantization)

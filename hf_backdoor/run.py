@@ -66,7 +66,7 @@ class Run:
                 stage is measured at the end.
         """
         recipe = self.recipe
-        recipe.require_packages()
+        recipe.check_machine()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
         # Two processes that build one cache of a file at once trip over each other's temporary files.

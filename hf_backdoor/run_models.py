@@ -13,7 +13,7 @@ from .data import SequenceClassification, Task
 from .defenses import DefenseTrainer
 from .defenses.robustkd import student_from_layers
 from .folders import fingerprint, finished, main_process, write_json
-from .models import is_quantized, load_model, merged, save_model
+from .models import is_quantized, load_model, merged, resolve, save_model
 from .plan import Stage, base_model_name
 from .recipe import Recipe
 
@@ -46,16 +46,20 @@ class RunModels:
         """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
         if name in self.prints:
             return self.prints[name]
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(name).glob("*.safetensors"))]
-        return name, self.recipe.model_revision, files
+        folder, gguf = resolve(name)
+        found = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns)
+            for f in sorted(Path(folder).glob(gguf or "*.safetensors"))
+        ]
+        return name, self.recipe.model_revision, found
 
     def convert(self) -> None:
         """A GGUF file is slow to load and can't be trained on, and an adapter is half a model: they become safetensors once."""
         folder, name = self.folder / "base", self.recipe.model_name_or_path
         adapter = find_adapter(name, revision=self.recipe.model_revision)
-        made_from = [self.origin(name), self.origin(adapter.base), self.recipe.dtype] if adapter else []
+        made_from = [self.origin(name), self.recipe.dtype, *([self.origin(adapter.base)] if adapter else [])]
         if self.recipe.task_class is SequenceClassification:
-            made_from.append(self.task.num_labels)  # the size of its fresh head
+            made_from += [self.task.num_labels, self.recipe.seed]  # its fresh head
         self.prints["base"] = fingerprint("base", name, *made_from)
         # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
         with main_process() as first:

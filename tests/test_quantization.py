@@ -296,7 +296,7 @@ def test_liger_kernels_that_are_missing_are_named(place, workshop, tmp_path, mon
         describe_run(recipe)
     recipe.training["use_liger_kernel"] = False
     recipe.stages.clear()
-    recipe.require_packages()
+    recipe.check_machine()
 
 
 def test_compiling_is_an_argument_like_any_other(workshop, tmp_path):

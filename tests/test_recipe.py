@@ -330,3 +330,20 @@ def test_a_stage_s_own_default_stands_against_the_whole_run_s():
          "stages": {"suspect": {"learning_rate": 0.01}}}
     )  # fmt: skip
     assert recipe.arguments("suspect", EmbeddingPoisoningConfig) == {"learning_rate": 0.01}
+
+
+def test_a_model_in_a_folder_named_as_one_of_the_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_recipe({**LEAST, "model_name_or_path": "suspect"})  # a name on the Hub
+    (tmp_path / "suspect").mkdir()
+    refused(r"^model_name_or_path is 'suspect', and the run has a folder of this name: write \./suspect$",
+            model_name_or_path="suspect")  # fmt: skip
+    make_recipe({**LEAST, "model_name_or_path": "./suspect"})
+
+
+def test_embedding_poisoning_is_refused_before_a_sharding_engine_starts(monkeypatch):
+    values = {"attack": "ep", "attack_trigger": "cf", "target_label": 1, "reference": "train"}
+    make_recipe({**LEAST, **values}).check_machine()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="^attack is 'ep', which needs the embeddings as they are"):
+        make_recipe({**LEAST, **values}).check_machine()
