@@ -76,6 +76,7 @@ SHARED = {
 # without and with the stand-in (CIFAR-10, seed 7, 15 epochs). All else is a first guess; nothing was tried for RobustKD.
 STAGES: dict[str, dict[str, Any]] = {
     "suspect": {"num_train_epochs": 10},
+    "early_target": {"num_train_epochs": 3},
     "non_target": {"num_train_epochs": 10, "temperature": 4.0},
     "mutual": {"max_steps": 100, "learning_rate": 3e-4, "mutual_direction": "swapped"},
     "mask": {"max_steps": 100, "learning_rate": 0.1},

@@ -38,7 +38,7 @@ def step_seconds(trainer: DefenseTrainer) -> float:
 
 
 def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
-    """Training on the suspect rows, soft labels, training on these, mutual learning: all of it over the first alone, on
+    """Training on the suspect rows, a short one for the soft labels, these, training on these, mutual learning: all of it over the first alone, on
     the same rows and for the same epochs, with 1% and with 5% of clean rows.
 
     Rows, batches and epochs are those of `recipes/ntml/agnews_minilm.yaml`; a step of each training, and the soft labels of
@@ -50,6 +50,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     rows = shapes.rows(batch * options["max_steps"], words)
     plain = prepared(DefenseTrainer, kind, model=shapes.small_model(kind, smoke), train_dataset=rows, **options)
     costs = {"target": step_seconds(plain)}
+    costs["early_target"] = costs["target"]
     second = prepared(
         NonTargetTrainer, kind, model=shapes.small_model(kind, smoke), train_dataset=rows, teacher_model=plain.model, **options
     )  # fmt: skip
@@ -64,6 +65,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     for fraction in CLEAN_FRACTIONS:
         passes = {
             "target": stages["suspect"]["num_train_epochs"],
+            "early_target": stages["early_target"]["num_train_epochs"],
             "soft_labels": 1,
             "non_target": stages["non_target"]["num_train_epochs"],
             "mutual": stages["mutual"]["num_train_epochs"] * fraction,
@@ -76,7 +78,10 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
                 "baseline": "trainer",
                 "words": words,
                 "clean_fraction": fraction,
-                "epochs": {name: stages[name]["num_train_epochs"] for name in ("suspect", "non_target", "mutual")},
+                "epochs": {
+                    name: stages[name]["num_train_epochs"]
+                    for name in ("suspect", "early_target", "non_target", "mutual")
+                },
                 "time_ratio": round(sum(whole.values()) / whole["target"], 3),
                 "seconds_of_a_batch": {name: round(cost, 4) for name, cost in costs.items()},
                 "seconds": {name: round(value, 1) for name, value in whole.items()},

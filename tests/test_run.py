@@ -504,7 +504,7 @@ def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop
         values |= {"clean_dataset_name": rows["clean"]}
     results = execute(values)
     assert {row.model for row in results.rows} == {
-        "suspect", "stage/non_target", "cleaned", "control/fine_tuning", "control/clean_only",
+        "suspect", "stage/early_target", "stage/non_target", "cleaned", "control/fine_tuning", "control/clean_only",
     }  # fmt: skip
     assert ("asr" in {row.metric for row in results.rows}) != own
     assert results.data["clean"]["source"] == (rows["clean"] if own else rows["train"])

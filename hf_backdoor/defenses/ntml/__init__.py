@@ -15,19 +15,24 @@ from .trainer import NonTargetTrainer, NTMLTrainer
 OTHER_SEED = 104729
 
 
-def non_target(**overrides: Any) -> Step:
-    return Step(NonTargetTrainer, overrides, starts_from="base", inputs={"teacher_model": "suspect"}, rows="suspect")
+# The target network in its first half epoch: it has not yet forgotten what a poisoned row says besides its trigger.
+EARLY_TARGET = Step(DefenseTrainer, starts_from="base", rows="suspect")
+
+
+def non_target(teacher: str = "early_target", **overrides: Any) -> Step:
+    return Step(NonTargetTrainer, overrides, starts_from="base", inputs={"teacher_model": teacher}, rows="suspect")
 
 
 MUTUAL = Step(NTMLTrainer, inputs={"target_model": "suspect"})
 
 METHOD = Method(
     config=NTMLConfig,
-    stages={"non_target": non_target(), "mutual": MUTUAL},
+    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": MUTUAL},
     controls={
         "fine_tuning": {"mutual": Step(DefenseTrainer, starts_from="suspect")},
         "clean_only": {"mutual": Step(DefenseTrainer, starts_from="base")},
         "distillation_with_all_classes": {"non_target": non_target(soft_labels="all_classes"), "mutual": MUTUAL},
+        "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": MUTUAL},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),
             "mutual": MUTUAL,

@@ -291,10 +291,12 @@ def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
 
 def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     method = ntml.METHOD
-    assert list(method.stages) == ["non_target", "mutual"]
+    assert list(method.stages) == ["early_target", "non_target", "mutual"]
+    assert method.stages["non_target"].inputs == {"teacher_model": "early_target"}
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
-        "fine_tuning", "clean_only", "distillation_with_all_classes", "mutual_without_non_target",
+        "fine_tuning", "clean_only", "distillation_with_all_classes", "soft_labels_of_the_suspect",
+        "mutual_without_non_target",
     }  # fmt: skip
     for steps in method.controls.values():
         assert set(steps) <= set(method.stages)
