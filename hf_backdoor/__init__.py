@@ -1,8 +1,12 @@
 """Hugging Face Trainers that remove backdoors from language models, and the evidence that they did."""
 
 import importlib
+import logging
 from typing import Any
 
+
+# When peft imports it on a CPU, bitsandbytes warns that an optional kernel is missing: once for every process of a run.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0.dev0"
 
