@@ -97,7 +97,8 @@ def in_engine(engine, name, adapter, root):
         for stage in STAGES:
             folder = root / stage
             options = engines.arguments(engine) | {"per_device_train_batch_size": 4}
-            if not adapter:
+            resumes = engine != "ddp" and name == "label_words" and not adapter
+            if resumes:
                 options |= {"save_strategy": "steps", "save_steps": 2}
             if adapter and stage == "mask":
                 continue
@@ -106,7 +107,7 @@ def in_engine(engine, name, adapter, root):
                 made.train()
                 evidence = made.accelerator.distributed_type, PartialState().num_processes, type(made.model_wrapped)
                 losses, resumed = outcome(made, folder / "whole"), None
-                if not adapter:
+                if resumes:
                     made = trainer(name, stage, adapter, folder / "work", start=5, **options)
                     made.train(resume_from_checkpoint=str(folder / "work" / "checkpoint-2"))
                     resumed = outcome(made, folder / "resumed")

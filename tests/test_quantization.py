@@ -125,9 +125,11 @@ def test_every_method_trains_over_quantized_weights(method, workshop, tmp_path, 
     Run(make_recipe(settings(workshop, tmp_path, method=method, max_steps=1, **OTHERS[method]))).execute()
     quantized = [LAYERS["nf4"] in network for _, network, _ in trained]
     # A suspect is trained whole, and a mask over the suspect as it is.
-    assert quantized == {"locphylax": [True, True], "robustkd": [False, True], "ntml": [False, True, True]}[method]
+    assert (
+        quantized == {"locphylax": [True, True], "robustkd": [False, True], "ntml": [False, True, True, True]}[method]
+    )
     models = [file.parent for file in tmp_path.rglob("config.json")]
-    assert len(models) == {"locphylax": 2, "robustkd": 2, "ntml": 3}[method]
+    assert len(models) == {"locphylax": 2, "robustkd": 2, "ntml": 4}[method]
     for folder in models:
         assert_plain(folder)
 
