@@ -165,7 +165,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if gguf:
         # transformers dequantizes a GGUF file and goes on calling the model quantized, so that it can't be saved.
-        model.hf_quantizer = None
+        model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     elif is_quantized(model):
