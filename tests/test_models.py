@@ -243,3 +243,16 @@ def test_another_base_under_an_adapter_makes_another_suspect(suspect, tmp_path):
     strong("llama", seed=9).save_pretrained(tmp_path / "base")
     execute(values)
     assert note.read_text() != before
+
+
+def test_a_dequantized_gguf_model_is_saved_as_a_plain_one(tmp_path, monkeypatch):
+    made = tiny.model("llama")
+    expected = tiny.parameters(made)
+    # What transformers leaves behind when it has dequantized a GGUF file.
+    made.is_quantized, made.hf_quantizer, made.config.quantization_config = True, object(), {"quant_method": "gguf"}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: made)
+    save_model(load_model(str(tmp_path / "model.gguf"), LabelWords), tiny.causal_tokenizer(), tmp_path / "saved")
+    monkeypatch.undo()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert tiny.largest_difference(tiny.parameters(saved), expected) == 0
+    assert not hasattr(saved.config, "quantization_config")
