@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import str_to_bool
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,9 +20,11 @@ from transformers import (
 from .attacks import EmbeddingPoisoningTrainer
 from .data import SequenceClassification
 from .defenses import DefenseConfig
+from .defenses.engines import asked_for
 from .defenses.mbtsad import MBTSADTrainer
 from .defenses.ntml.classes import refuse_zero3
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
+from .defenses.robustkd.features import NUM_LAYERS
 from .estimate import Engine, Load, Memory, ModelShape, flops, memory
 from .models import load_config, load_tokenizer
 from .plan import Stage, plan, stage_arguments, training_config
@@ -58,8 +59,6 @@ GPUS = (
 
 # Rows of a stage whose length is looked at.
 SAMPLE = 1000
-# Layers whose features RobustKD compares by default: the gradient of a mask comes down to the lowest of them.
-FEATURE_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def engine_of(config: TrainingArguments) -> Engine:
         zero = plugin.deepspeed_config.get("zero_optimization", {})
         device = zero.get("offload_optimizer", {}).get("device", "none")
         return zero_engine(zero.get("stage", 2), processes, device)
-    if config.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+    if config.fsdp or asked_for("FSDP"):
         return Engine("fsdp2", processes)
     return Engine("ddp" if processes > 1 else "single", processes)
 
@@ -316,7 +315,7 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
     model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
     shape, teacher = ModelShape.of(model), ModelShape.of(models.suspect)
     mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer)
-    connectors = FEATURE_LAYERS * (shape.hidden + 3) * teacher.hidden
+    connectors = NUM_LAYERS * (shape.hidden + 3) * teacher.hidden
     compares = trainer is MBTSADTrainer and config.stages == ["distil"]
 
     def compared(layers: list[int] | None, weight: float) -> int:
@@ -341,5 +340,6 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
         attention=recipe.attn_implementation or "sdpa",
         compared_attention=compared(config.attention_layers, config.attention_weight) if compares else 0,
         compared_hidden=compared(config.hidden_layers, config.hidden_weight) if compares else 0,
-        depth=1 - 1 / FEATURE_LAYERS if trainer is FeatureMaskTrainer else 1.0,
+        # The gradient of a mask comes down to the lowest of the layers that are compared.
+        depth=1 - 1 / NUM_LAYERS if trainer is FeatureMaskTrainer else 1.0,
     )

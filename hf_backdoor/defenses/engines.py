@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -37,7 +37,7 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 def asked_for(engine: str) -> bool:
     """Whether `accelerate launch` was told to use an engine."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
+    return parse_flag_from_env(f"ACCELERATE_USE_{engine}")
 
 
 def zero3_launched() -> bool:
