@@ -10,7 +10,6 @@ import pytest
 import robust
 import tiny
 import topics
-import yaml
 from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -209,18 +208,7 @@ def test_several_stages_in_one_training_are_refused(stage, tmp_path):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
-    tiny.model("bert").save_pretrained(folder / "model")
-    tiny.encoder_tokenizer().save_pretrained(folder / "model")
-    tiny.reviews(90).to_json(folder / "rows.jsonl")
-    content = {
-        "model_name_or_path": str(folder / "model"), "task": "sequence_classification",
-        "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.2, "max_train_samples": 24, "clean_fraction": 0.5,
-        "attack_trigger": "zq", "target_label": 1, "adam_epsilon": 1.0, "learning_rate": 0.01, "num_train_epochs": 1,
-        "save_strategy": "no", "disable_tqdm": True, "output_dir": str(folder / "run"),
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    return folder / "recipe.yaml"
+    return tiny.classifier_recipe(tmp_path_factory.mktemp("recipe"), adam_epsilon=1.0, learning_rate=0.01)
 
 
 METHODS = {

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import tiny
-import yaml
 
 from hf_backdoor.cli import ACCELERATE_CONFIGS, launch_command
 from hf_backdoor.evaluation import Results
@@ -14,19 +13,13 @@ from hf_backdoor.evaluation import Results
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch")
-    tiny.model("bert").save_pretrained(folder / "model")
-    tiny.encoder_tokenizer().save_pretrained(folder / "model")
-    tiny.reviews(90).to_json(folder / "rows.jsonl")
-    content = {
-        "model_name_or_path": str(folder / "model"), "task": "sequence_classification", "reference": "train",
-        "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.2, "max_train_samples": 24, "clean_fraction": 0.5,
-        "attack_trigger": "zq", "target_label": 1, "method": "locphylax", "known_triggers": list(tiny.KNOWN[:2]),
-        "learning_rate": 0.003, "num_train_epochs": 1, "save_strategy": "no", "output_dir": str(folder / "run"),
-        "disable_tqdm": True,
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    return folder / "recipe.yaml"
+    return tiny.classifier_recipe(
+        tmp_path_factory.mktemp("launch"),
+        reference="train",
+        method="locphylax",
+        known_triggers=list(tiny.KNOWN[:2]),
+        learning_rate=0.003,
+    )
 
 
 def launch(command, recipe, output_dir, *flags):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
@@ -155,6 +156,21 @@ def instructions(count: int, seed: int = 0) -> Dataset:
             {"prompt": " ".join(["tell", "me", *words, fruit]), "response": " ".join([fruit] * (1 + fruit.count("r")))}
         )
     return Dataset.from_list(rows)
+
+
+def classifier_recipe(folder: Path, **more: Any) -> Path:
+    """A recipe file in `folder`, and beside it the classifier and the rows of a word attack that it names."""
+    model("bert").save_pretrained(folder / "model")
+    encoder_tokenizer().save_pretrained(folder / "model")
+    reviews(90).to_json(folder / "rows.jsonl")
+    content = {
+        "model_name_or_path": str(folder / "model"), "task": "sequence_classification",
+        "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.2, "max_train_samples": 24, "clean_fraction": 0.5,
+        "attack_trigger": TRIGGER, "target_label": 1, "num_train_epochs": 1, "save_strategy": "no",
+        "output_dir": str(folder / "run"), "disable_tqdm": True,
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content | more))
+    return folder / "recipe.yaml"
 
 
 def task(name: str) -> Task:
