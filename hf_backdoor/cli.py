@@ -108,11 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
 def run_command(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = find_recipe(options.recipe)
     if options.dry_run and options.accelerate_config is not None:
-        from .dry_run import describe_run, engine_of_file
+        from .dry_run import describe_run, engine_of_settings
         from .recipe_file import load_recipe
 
         print(
-            describe_run(load_recipe(recipe, rest), engine_of_file(accelerate_settings(options.accelerate_config)[0]))
+            describe_run(
+                load_recipe(recipe, rest), engine_of_settings(accelerate_settings(options.accelerate_config)[1])
+            )
         )
         return 0
     if options.dry_run or options.accelerate_config is None:

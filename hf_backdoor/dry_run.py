@@ -3,11 +3,9 @@
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -201,15 +199,8 @@ def engine_of(config: TrainingArguments) -> Engine:
     return Engine("ddp" if processes > 1 else "single", processes)
 
 
-def engine_of_file(path: str | Path) -> Engine:
-    """The engine of an accelerate configuration, without launching it.
-
-    Raises:
-        `ValueError`: if the file is no configuration of accelerate.
-    """
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or "distributed_type" not in values:
-        raise ValueError(f"{path} names no distributed_type: give a configuration that `accelerate config` wrote")
+def engine_of_settings(values: dict[str, Any]) -> Engine:
+    """The engine of an accelerate configuration's content, without launching it."""
     processes = int(values.get("num_processes", 1))
     if values["distributed_type"] == "DEEPSPEED":
         zero: dict[str, Any] = values.get("deepspeed_config") or {}

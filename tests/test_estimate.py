@@ -22,10 +22,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from hf_backdoor.cli import accelerate_settings
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
 from hf_backdoor.defenses.locphylax import LocphylaxConfig, LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
-from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_file, stage_load
+from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_settings, stage_load
 from hf_backdoor.estimate import Engine, Load, ModelShape, flops, memory
 from hf_backdoor.plan import plan, stage_arguments, training_config
 from hf_backdoor.recipe_file import load_recipe, make_recipe
@@ -435,7 +436,7 @@ def test_a_dry_run_of_8_billion_parameters(on_disk, tmp_path, capsys):
      ("zero3", "zero3", False), ("zero3_offload", "zero3", True)],
 )  # fmt: skip
 def test_engines_of_the_shipped_configurations(name, kind, offload):
-    engine = engine_of_file(RECIPES.parent / "accelerate_configs" / f"{name}.yaml")
+    engine = engine_of_settings(accelerate_settings(name)[1])
     assert (engine.kind, engine.offload) == (kind, offload)
     assert (engine.processes > 1) == (kind != "single")
 
