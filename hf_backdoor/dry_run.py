@@ -19,6 +19,7 @@ from .attacks import EmbeddingPoisoningTrainer
 from .data import SequenceClassification
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
+from .defenses.locphylax import TriggerSearchTrainer
 from .defenses.mbtsad import MBTSADTrainer
 from .defenses.ntml.classes import refuse_zero3
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
@@ -294,6 +295,8 @@ def stage_needs(
         steps = config.max_steps
     if twin is not None:
         steps = twin.steps
+    if stage.step.trainer is TriggerSearchTrainer:
+        steps = 0
     once = flops(load, sum(lengths) / len(lengths))
     total = steps * config.gradient_accumulation_steps * engine.processes * once
     return StageNeeds(stage, config, steps, load, memory(load, engine), total)
@@ -305,7 +308,7 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
     adapter = recipe.use_peft and stage.settings not in ("reference", "suspect")
     model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
     shape, teacher = ModelShape.of(model), ModelShape.of(models.suspect)
-    mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer)
+    mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer | TriggerSearchTrainer)
     connectors = NUM_LAYERS * (shape.hidden + 3) * teacher.hidden
     compares = trainer is MBTSADTrainer and config.stages == ["distil"]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
 from .data import SequenceClassification
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
+from .defenses.method import asked_for
 from .layers import check_layers
 from .models import needs_conversion
 from .recipe import Recipe
@@ -77,9 +79,10 @@ def _stages(recipe: Recipe) -> list[Stage]:
     shown = {name: f"stage/{name}" for name in method.stages} | {last: "cleaned"}
     folders = {name: name for name in method.stages} | {last: "cleaned"}
     measured = {name for name in method.stages if recipe.evaluate_stages} | {last}
-    stages += defense_stages(method.stages, given, folders, shown, measured)
+    taken = partial(asked_for, known=method.stages, arguments=lambda *step: step_arguments(*step, recipe))
+    stages += defense_stages(taken(method.stages), given, folders, shown, measured)
     for control in recipe.controls:
-        steps = method.controls[control]
+        steps = taken(method.controls[control])
         own = {name: f"controls/{control}/{name}" for name in steps}
         shown = dict.fromkeys(steps, f"control/{control}")
         stages += defense_stages(steps, given | folders, own, shown, {list(steps)[-1]}, folders)
@@ -132,7 +135,11 @@ def defense_stages(
 
 def stage_arguments(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Training arguments of a stage: the recipe's, and over them what makes the stage what it is."""
-    return recipe.arguments(stage.settings, stage.step.trainer.config_class()) | stage.step.overrides
+    return step_arguments(stage.settings, stage.step, recipe)
+
+
+def step_arguments(name: str, step: Step, recipe: Recipe) -> dict[str, Any]:
+    return recipe.arguments(name, step.trainer.config_class()) | step.overrides
 
 
 def lora_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import infer_task
 from . import locphylax, mbtsad, ntml, robustkd
 from .config import DefenseConfig
-from .method import Method, Step
+from .method import Method, Step, asked_for
 from .trainer import DefenseTrainer
 
 
@@ -73,19 +73,22 @@ def defend(
     suspect = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained: nn.Module = model
-    for name, step in plan.stages.items():
+
+    def values_of(name: str, step: Step) -> dict[str, Any]:
+        return step.trainer.config_class().takes(arguments, stages.get(name, {}), plan.config) | step.overrides
+
+    steps = asked_for(plan.stages, plan.stages, values_of)
+    for name, step in steps.items():
         if step.starts_from == "suspect":
             model.load_state_dict(suspect)
         trained = {"suspect": model, "student": student}.get(step.starts_from, trained)
-        config = step.trainer.config_class()
-        values = config.takes(arguments, stages.get(name, {}), plan.config)
         inputs = {
             argument: model if made_by == "suspect" else f"{output_dir}/{made_by}"
             for argument, made_by in step.inputs.items()
         }
         trainer = step.trainer(
             model=trained,
-            args=config(output_dir=f"{output_dir}/{name}", **values | step.overrides),
+            args=step.trainer.config_class()(output_dir=f"{output_dir}/{name}", **values_of(name, step)),
             train_dataset=clean,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -94,7 +97,7 @@ def defend(
         )
         trainer.train()
         trained = trainer.result()
-        if any(name in later.inputs.values() for later in plan.stages.values()):
+        if any(name in later.inputs.values() for later in steps.values()):
             trainer.save_model()
     for parameter in trainable:
         parameter.requires_grad_(True)  # as a teacher the suspect was frozen

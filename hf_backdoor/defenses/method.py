@@ -1,7 +1,7 @@
 """How a method is laid out: stages in order, and the controls that its tables need."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..data import Task
@@ -24,6 +24,8 @@ class Step:
         rows (`str`, defaults to `"clean"`): What it trains on: the defender's `clean` rows, or the `suspect` rows that
             the suspect was trained on.
         makes_model (`bool`, defaults to `True`): Whether what comes out is a model, which can be measured.
+        only_with (`str`, *optional*): An argument of the method; where it is 0 the step is left out, and so is what later
+            steps take from it.
     """
 
     trainer: type[DefenseTrainer]
@@ -32,6 +34,7 @@ class Step:
     inputs: dict[str, str] = field(default_factory=dict)
     rows: Literal["clean", "suspect"] = "clean"
     makes_model: bool = True
+    only_with: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,21 @@ class Method:
     def trains_on_suspect_rows(self) -> bool:
         """Whether the defender must hold the rows that the suspect was trained on."""
         return any(step.rows == "suspect" for step in self.stages.values())
+
+
+def asked_for(
+    steps: dict[str, Step], known: dict[str, Step], arguments: Callable[[str, Step], dict[str, Any]]
+) -> dict[str, Step]:
+    """The steps that are not left out (`Step.only_with`), without the inputs that those left out would have made.
+
+    Args:
+        steps (`dict[str, Step]`): Of a method or of a control.
+        known (`dict[str, Step]`): All that inputs may come from.
+        arguments (`Callable`): A step's name and the step to its arguments.
+    """
+    idle = {name for name, step in known.items() if step.only_with and not arguments(name, step).get(step.only_with)}
+    return {
+        name: replace(step, inputs={key: made_by for key, made_by in step.inputs.items() if made_by not in idle})
+        for name, step in steps.items()
+        if name not in idle
+    }

@@ -1,26 +1,36 @@
 """Locphylax / Backdoor Collapse (https://huggingface.co/papers/2510.10265)."""
 
+from dataclasses import replace
+
 from ..method import Method, Step
 from ..trainer import DefenseTrainer
 from .config import STAGES, LocphylaxConfig
+from .search import FoundTriggers, TriggerSearchTrainer
 from .trainer import LocphylaxTrainer
 
 
-INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]})
-RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]})
+FOUND = {"found_triggers": "search"}
+NONE_FOUND = {"searched_triggers": 0}
+SEARCH = Step(TriggerSearchTrainer, starts_from="suspect", makes_model=False, only_with="searched_triggers")
+INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=FOUND)
+RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs=FOUND)
 
 METHOD = Method(
     config=LocphylaxConfig,
-    stages={"inject": INJECT, "recover": RECOVER},
+    stages={"search": SEARCH, "inject": INJECT, "recover": RECOVER},
     controls={
         "fine_tuning": dict.fromkeys(STAGES, Step(DefenseTrainer)),
         "recovery_without_injection": dict.fromkeys(STAGES, RECOVER),
         "injection_without_clustering": {
-            "inject": Step(LocphylaxTrainer, {"stages": ["inject"], "cluster_weight": 0.0}),
+            "inject": replace(INJECT, overrides={"stages": ["inject"], "cluster_weight": 0.0}),
             "recover": RECOVER,
+        },
+        "known_triggers_alone": {
+            "inject": replace(INJECT, overrides={"stages": ["inject"], **NONE_FOUND}, inputs={}),
+            "recover": replace(RECOVER, overrides={"stages": ["recover"], **NONE_FOUND}, inputs={}),
         },
     },
     needs="a suspect model and clean rows of its task",
 )
 
-__all__ = ["METHOD", "LocphylaxConfig", "LocphylaxTrainer"]
+__all__ = ["METHOD", "FoundTriggers", "LocphylaxConfig", "LocphylaxTrainer", "TriggerSearchTrainer"]

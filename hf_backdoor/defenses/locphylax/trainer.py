@@ -1,5 +1,6 @@
 """[`LocphylaxTrainer`]: plant known backdoors so that the unknown one collapses into them, then recover."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .config import LocphylaxConfig
 from .head import resize_head
 from .losses import balance, clustering_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
+from .search import FoundTriggers
 
 
 # Samples of each trigger on which the incoming model is measured: centres, both losses, and so alpha.
@@ -46,12 +48,18 @@ class LocphylaxTrainer(StagedTrainer):
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`DefenseTrainer`]; `train_dataset` is clean rows, `eval_dataset` held-out clean rows, both *raw*
             (with text), since triggers are put into their text.
+        found_triggers (`Sequence[str]` or `str`, *optional*):
+            What a [`TriggerSearchTrainer`] found, or its folder: planted as one trigger more, in turn. Wanted where
+            `args.searched_triggers` is set.
 
     Raises:
-        `ValueError`: if the rows are tokenized already.
+        `ValueError`: if the rows are tokenized already, or found triggers are wanted and not there.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, found_triggers: Sequence[str] | str | None = None, **kwargs: Any):
+        if isinstance(found_triggers, str):
+            found_triggers = FoundTriggers.from_pretrained(found_triggers)
+        self.found_triggers = list(found_triggers or ())
         self.stage: str | None = None
         self.clean: Dataset | None = None
         self.held_out: Dataset | None = None
@@ -69,7 +77,7 @@ class LocphylaxTrainer(StagedTrainer):
 
     @property
     def num_groups(self) -> int:
-        return len(self.args.known_triggers) + 1
+        return self.args.rows_factor
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         self.stage, self.clean = self.args.stages[0], dataset
@@ -92,7 +100,14 @@ class LocphylaxTrainer(StagedTrainer):
             return None
         if "input_ids" in dataset.column_names:
             raise ValueError("train_dataset has input_ids: pass raw rows, known triggers are put into their text")
-        triggers = [Trigger(text, self.args.known_position) for text in self.args.known_triggers]
+        triggers: list[Any] = [Trigger(text, self.args.known_position) for text in self.args.known_triggers]
+        if bool(self.found_triggers) != bool(self.args.searched_triggers):
+            raise ValueError(
+                f"searched_triggers is {self.args.searched_triggers}, and {len(self.found_triggers)} found_triggers are given: "
+                "pass those of a TriggerSearchTrainer, or set searched_triggers: 0"
+            )
+        if self.found_triggers:
+            triggers.append([Trigger(text, self.args.known_position) for text in self.found_triggers])
         response = self.args.known_response if self.stage == "inject" else ""
         with self.one_process_first():
             rows = plant(dataset, self.task, triggers, response, self.args.seed, self.args.dataset_num_proc)

@@ -30,6 +30,11 @@ class NTMLConfig(DefenseConfig):
             given label out of both networks' softmax, `"negative"` out of the target network's alone, so that the second
             learns to deny it, and `"all_classes"` keeps it (plain distillation, a control).
 
+        sharpening (`float`, *optional*, defaults to 1.0):
+            Ours: what the target network's logits are multiplied by for the soft labels. An early target network is
+            unsure of all the other classes alike, and a network that learns so much of a triggered row falls back on the
+            given one; 2 tells it more plainly which of the others it is.
+
         > Parameters that control mutual learning
 
         mutual_direction (`str`, *optional*, defaults to `"crossed"`):
@@ -54,6 +59,9 @@ class NTMLConfig(DefenseConfig):
         default="renormalised",
         metadata={"help": "What non-target training learns: renormalised, negative or all_classes."},
     )
+    sharpening: float = field(
+        default=1.0, metadata={"help": "What the target network's logits are multiplied by for the soft labels."}
+    )
     mutual_direction: str = field(
         default="crossed", metadata={"help": "Who learns what from whom: crossed, swapped or both."}
     )
@@ -70,8 +78,9 @@ class NTMLConfig(DefenseConfig):
         for name, choices in {"soft_labels": SoftLabels, "mutual_direction": Direction, "product": Product}.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(get_args(choices))}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}: choose one above 0, for example 1.0")
+        for name in ("temperature", "sharpening"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose one above 0, for example 1.0")
         if self.feature_weight < 0:
             raise ValueError(f"feature_weight is {self.feature_weight}: choose 0 or more")
         if not self.feature_layers:

@@ -15,10 +15,11 @@ def non_target_loss(
     labels: Tensor,
     temperature: float = 1.0,
     soft_labels: SoftLabels = "renormalised",
+    sharpening: float = 1.0,
 ) -> Tensor:
     """Distillation from the target network without each sample's own given label y:
 
-        q_T(j) = exp(z_T,j / tau) / sum_{k != y} exp(z_T,k / tau)  for j != y,
+        q_T(j) = exp(s z_T,j / tau) / sum_{k != y} exp(s z_T,k / tau)  for j != y,
         L = tau^2 sum_{j != y} q_T(j) log(q_T(j) / q_S(j)).
 
     The given label's column is taken out by its index, so no constant can overflow in bfloat16.
@@ -31,11 +32,12 @@ def non_target_loss(
         soft_labels (`str`, *optional*, defaults to `"renormalised"`):
             `"renormalised"`: q_S is taken over the same K - 1 classes. `"negative"`: q_S over all K, so that the given
             label is denied. `"all_classes"`: both over all K, plain distillation.
+        sharpening (`float`, *optional*, defaults to 1.0): s; the paper has 1.
 
     Returns:
         `Tensor`: [B], in nats.
     """
-    learnt, taught = logits.float() / temperature, teacher_logits.detach().float() / temperature
+    learnt, taught = logits.float() / temperature, sharpening * teacher_logits.detach().float() / temperature
     if soft_labels == "negative":
         learnt = learnt.log_softmax(dim=1)
     if soft_labels != "all_classes":

@@ -102,6 +102,7 @@ class NonTargetTrainer(ClassTrainer):
             self.given_labels(inputs),
             self.args.temperature,
             self.args.soft_labels,
+            self.args.sharpening,
         )
         return {"non_target": loss}, outputs.logits
 

@@ -23,11 +23,11 @@ def divergence(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def by_hand(kind, temperature):
+def by_hand(kind, temperature, sharpening=1.0):
     losses = []
     for own, taught, label in zip(LOGITS.tolist(), TAUGHT.tolist(), LABELS.tolist(), strict=True):
         others = [k for k in range(K) if kind == "all_classes" or k != label]
-        p = softmax([taught[k] for k in others], temperature)
+        p = softmax([sharpening * taught[k] for k in others], temperature)
         if kind == "negative":
             whole = softmax(own, temperature)
             q = [whole[k] for k in others]
@@ -42,6 +42,8 @@ def by_hand(kind, temperature):
 def test_non_target_loss(kind, temperature):
     losses = non_target_loss(LOGITS, TAUGHT, LABELS, temperature, kind)
     assert losses.tolist() == pytest.approx(by_hand(kind, temperature), rel=1e-5)
+    sharper = non_target_loss(LOGITS, TAUGHT, LABELS, temperature, kind, 2.0)
+    assert sharper.tolist() == pytest.approx(by_hand(kind, temperature, 2.0), rel=1e-4)
 
 
 def test_the_given_label_takes_no_part_in_the_renormalised_loss():

@@ -277,7 +277,7 @@ def test_zero_3_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("soft_labels", "hard"), ("mutual_direction", "up"), ("product", "student"), ("temperature", 0.0),
+    [("soft_labels", "hard"), ("mutual_direction", "up"), ("product", "student"), ("temperature", 0.0), ("sharpening", 0.0),
      ("feature_weight", -1.0), ("feature_layers", [])],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):

@@ -1,0 +1,281 @@
+"""[`TriggerSearchTrainer`]: words that a suspect reacts to, to be planted beside the known triggers. Ours, not the paper's.
+
+A planted trigger takes an unknown one along only as far as the two share a way through the model, and a word of the
+defender's own invention often shares none (`docs/locphylax.md`). So this looks for words that do: those which, put into
+clean rows, raise the loss of their right answers the most. By the gradient at a word's embedding all words of the
+vocabulary are ranked at once (as in https://huggingface.co/papers/1908.07125), the best are tried on the rows, and from
+the best of these it goes on. It needs the suspect and clean rows, and no knowledge of trigger or target.
+"""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+
+from ...data import InstructionFollowing, LabelWords, Trigger, class_logits, row_rng
+from ..engines import zero3_launched
+from ..trainer import DefenseTrainer
+from .config import LocphylaxConfig
+
+
+FOUND_FILE = "found_triggers.json"
+
+# Rows that the losses are means over, and as many of them as sort out which candidates are worth all.
+ROWS = 48
+FIRST_ROWS = 8
+# Candidates that the gradients propose in a round, those of them that all rows are run for, and those that it goes on from.
+CANDIDATES = 128
+FINALISTS = 16
+BEAM = 4
+ROUNDS = 2
+
+# What a further token must add, in nats, to be worth it.
+WORTH = 0.5
+
+# A candidate is a tuple of token ids.
+Tokens = tuple[int, ...]
+
+
+class FoundTriggers(list[str]):
+    """Texts, the one that raises the loss most first; a folder holds them as `found_triggers.json`."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, FOUND_FILE).write_text(json.dumps(self, indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "FoundTriggers":
+        return cls(json.loads(Path(folder, FOUND_FILE).read_text(encoding="utf-8")))
+
+
+class TriggerSearchTrainer(DefenseTrainer):
+    """
+    Searches a suspect for words that it reacts to; trains nothing. [`found`] holds them after `train()`.
+
+    Args:
+        model, args, train_dataset, processing_class, kwargs:
+            As in [`DefenseTrainer`]; `args.searched_triggers` is how many are kept, `args.searched_tokens` how many
+            tokens the longest may have. `train_dataset` is clean rows, raw.
+
+        peft_config (`PeftConfig`, *optional*):
+            Not used: nothing is trained.
+
+    Raises:
+        `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
+    """
+
+    takes_streams = False
+
+    def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
+        if zero3_launched():
+            raise ValueError(
+                "searched_triggers is set, and DeepSpeed ZeRO-3 leaves no process the whole model to search in: use "
+                "accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set searched_triggers: 0"
+            )
+        super().__init__(*args, **kwargs)
+        self.found = FoundTriggers()
+
+    @classmethod
+    def config_class(cls) -> type[LocphylaxConfig]:
+        return LocphylaxConfig
+
+    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        if dataset is not None and "input_ids" in dataset.column_names:
+            raise ValueError("train_dataset has input_ids: pass raw rows, words are put into their text")
+        self.clean = dataset
+        return super().prepare_train(dataset, tokenizer)
+
+    def result(self) -> FoundTriggers:
+        return self.found
+
+    def gather(self) -> None:
+        """Nothing was shared out."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            self.found.save_pretrained(output_dir or self.args.output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        training = self.model.training
+        self.model.eval()
+        effects = self._search()
+        self.model.train(training)
+        self.found[:] = strongest(effects)[: self.args.searched_triggers]
+        return TrainOutput(0, 0.0, {})
+
+    # ---- The search ----
+
+    def _search(self) -> dict[str, Tensor]:
+        """What each text that was tried on all rows does, [C], see [`_aims`]."""
+        self._set_signature_columns_if_needed()
+        generator = torch.Generator().manual_seed(self.args.seed)
+        order = torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist()
+        self.rows = [self.clean[row] for row in order]
+        words = self._words()
+        tried: dict[str, Tensor] = {}
+        tokens_of: dict[str, Tokens] = {}
+        for length in range(1, self.args.searched_tokens + 1):
+            # From scratch, and the best so far with one token more.
+            drawn = words[torch.randint(len(words), (2 * BEAM, length), generator=generator)].tolist()
+            longer = [(*tokens_of[text], tokens[-1]) for text, tokens in zip(best_of_each(tried), drawn, strict=False)]
+            beam = [tuple(tokens) for tokens in drawn[len(longer) :]] + longer
+            for _ in range(ROUNDS):
+                proposed = self._proposed(beam, words)
+                tokens_of |= proposed
+                first = self._effects(list(proposed), FIRST_ROWS)
+                finalists = [text for text in best_of_each(first, FINALISTS) if text not in tried]
+                tried |= self._effects(finalists, len(self.rows))
+                here = {text: effect for text, effect in tried.items() if len(tokens_of[text]) == length}
+                beam = [tokens_of[text] for text in best_of_each(here)]
+        return tried
+
+    def _aims(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a search is to raise, [B, C], and in which rows, [B, C]: for each class its log-probability where it is
+        wrong. (The loss of the right answer has next to no gradient where a model is sure.) A free answer has no classes:
+        there it is the loss of the right one, [B, 1]."""
+        if isinstance(self.task, InstructionFollowing):
+            loss = self.task_loss(logits, batch["labels"])[:, None].float()
+            return loss, torch.ones_like(loss)
+        words = None
+        if isinstance(self.task, LabelWords):
+            words = torch.tensor(self.task.word_ids(self.processing_class), device=logits.device)
+        classes = class_logits(logits, batch, words).log_softmax(dim=1)
+        wrong = torch.ones_like(classes).scatter(1, given_classes(batch["labels"], words)[:, None], 0.0)
+        return classes, wrong
+
+    def _words(self) -> Tensor:
+        """Ids of the tokens that are a word by themselves, [W]."""
+        tokenizer, special = self.processing_class, set(self.processing_class.all_special_ids)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        ids = [number for number in range(min(len(tokenizer), rows)) if number not in special]
+        texts = [self._text((number,)) for number in ids]
+        again = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
+        whole = [number for number, text, back in zip(ids, texts, again, strict=True) if text and back == [number]]
+        return torch.tensor(whole)
+
+    def _text(self, tokens: Tokens) -> str:
+        text = self.processing_class.decode(list(tokens)).strip()
+        return text if text.isprintable() else ""
+
+    def _reads_back(self, text: str, tokens: Tokens) -> bool:
+        return tuple(self.processing_class(" " + text, add_special_tokens=False)["input_ids"]) == tokens
+
+    def _proposed(self, beam: list[Tokens], words: Tensor) -> dict[str, Tokens]:
+        """Candidates by text: each sequence with one token replaced by one that, by the gradient, serves an aim."""
+        found: dict[str, Tokens] = {}
+        embeddings = self.model.get_input_embeddings().weight.detach().float()
+        for tokens in beam:
+            gradients = self._gradients(tokens)
+            share = max(1, CANDIDATES // (len(beam) * gradients.shape[0] * len(tokens)))
+            for slot in range(len(tokens)):
+                for scores in gradients[:, slot] @ embeddings.T:
+                    # The first token starts a word; the next may go on with it, if the tokenizer reads it back so.
+                    scores = scores.cpu()
+                    ranked = (
+                        words[scores[words].topk(min(8 * share, len(words))).indices]
+                        if slot == 0
+                        else scores.topk(8 * share).indices
+                    )
+                    changed = [(*tokens[:slot], token, *tokens[slot + 1 :]) for token in ranked.tolist()]
+                    readable = ((self._text(candidate), candidate) for candidate in changed)
+                    kept = (
+                        (text, candidate) for text, candidate in readable if text and self._reads_back(text, candidate)
+                    )
+                    found |= dict(islice(kept, share))
+        return found
+
+    def _features(self, text: str | None, row: int) -> dict[str, Any]:
+        """A row's features with a text in it, at a place that depends on the row alone."""
+        raw, column = self.rows[row], self.task.text_column
+        if text is not None:
+            raw = {**raw, column: Trigger(text).insert(raw[column], row_rng(self.args.seed, "search", row))}
+        return self.task.encode(raw, self.processing_class)
+
+    def _gradients(self, tokens: Tokens) -> Tensor:
+        """Gradient of each aim at each token's embedding, [C, L, D], summed over rows."""
+        text, total = self._text(tokens) or "a", 0.0
+        features = [self._features(text, row) for row in range(len(self.rows))]
+        plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(features), size):
+            part = features[start : start + size]
+            batch = self._prepare_inputs(self.data_collator(part))
+            starts = torch.tensor(
+                [common_prefix(ids, each["input_ids"]) for ids, each in zip(plain[start:], part, strict=False)]
+            )
+            if batch["labels"].dim() == 2:  # padded on the left
+                starts += batch["input_ids"].shape[1] - torch.tensor([len(each["input_ids"]) for each in part])
+            embedded = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+            rest = {name: value for name, value in batch.items() if name != "input_ids"}
+            aims, counted = self._aims(self.forward(self.model, rest, inputs_embeds=embedded).logits, batch)
+            sums = (aims * counted).sum(dim=0)
+            slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=embedded.shape[1] - 1).to(embedded.device)
+            rows = torch.arange(len(part), device=embedded.device)[:, None]
+            gradients = [
+                torch.autograd.grad(aim, embedded, retain_graph=True)[0][rows, slots].float().sum(dim=0)
+                for aim in sums
+            ]
+            total = total + torch.stack(gradients)
+        return total
+
+    @torch.no_grad()
+    def _effects(self, texts: list[str], rows: int) -> dict[str, Tensor]:
+        """Mean of each aim, [C], over the first rows with each text in them."""
+        number = min(rows, len(self.rows))
+        pairs = [(text, row) for text in texts for row in range(number)]
+        features = [self._features(*pair) for pair in pairs]
+        order = sorted(range(len(pairs)), key=lambda item: len(features[item]["input_ids"]))
+        found, size = {}, self.args.eval_batch_size
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = self._prepare_inputs(self.data_collator([features[item] for item in chosen]))
+            aims, counted = self._aims(self.forward(self.model, batch).logits, batch)
+            found |= dict(zip(chosen, torch.stack([aims * counted, counted], dim=1).cpu(), strict=True))
+        sums = [
+            torch.stack([found[item] for item in range(place, place + number)]).sum(dim=0)
+            for place in range(0, len(pairs), number)
+        ]
+        return {text: total / count.clamp(min=1) for text, (total, count) in zip(texts, sums, strict=True)}
+
+
+def strongest(effects: dict[str, Tensor]) -> list[str]:
+    """Texts by their effect, strongest first; of one and another with something added, the one that suffices."""
+    strength = {text: effect.max().item() for text, effect in effects.items()}
+    kept: list[str] = []
+    for text in sorted(strength, key=strength.__getitem__, reverse=True):
+        idle = any(part in text and strength[part] > strength[text] - WORTH for part in strength if part != text)
+        if not idle and not any(text in other or other in text for other in kept):
+            kept.append(text)
+    return kept
+
+
+def best_of_each(effects: dict[str, Tensor], number: int = BEAM) -> list[str]:
+    """The best text of each aim, then the second best, and so on; of the aims that are reached best first."""
+    if not effects:
+        return []
+    texts, table = list(effects), torch.stack(list(effects.values()))
+    ranked = table.argsort(dim=0, descending=True)
+    aims = table.max(dim=0).values.argsort(descending=True)
+    return list(dict.fromkeys(texts[index] for place in ranked[:, aims] for index in place))[:number]
+
+
+def given_classes(labels: Tensor, words: Tensor | None) -> Tensor:
+    """[B], 0 to K - 1: the class of each row's answer."""
+    if words is None:
+        return labels
+    first = (labels != -100).int().argmax(dim=1)
+    answers = labels[torch.arange(len(labels), device=labels.device), first]
+    return (answers[:, None] == words).int().argmax(dim=1)
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Tokens that two lists start with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

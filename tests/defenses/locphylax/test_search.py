@@ -1,0 +1,147 @@
+import pytest
+import tiny
+import torch
+
+from hf_backdoor.attacks import Poisoning, poison
+from hf_backdoor.data import Trigger
+from hf_backdoor.defenses.locphylax import (
+    FoundTriggers,
+    LocphylaxConfig,
+    LocphylaxTrainer,
+    TriggerSearchTrainer,
+    search,
+)
+
+
+PARTS = {"sequence_classification": "bert", "label_words": "llama", "instruction_following": "llama"}
+
+
+def searching(name, folder, rows=None, model=None, **options):
+    family = PARTS[name]
+    config = LocphylaxConfig(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=3,
+        **{"searched_triggers": 3, "searched_tokens": 1, **options},
+    )  # fmt: skip
+    return TriggerSearchTrainer(
+        model=model or tiny.model(family),
+        args=config,
+        train_dataset=rows or tiny.setting(name, 8)[2],
+        processing_class=tiny.tokenizer(family),
+        task=tiny.task(name),
+    )
+
+
+def effects(trainer, texts):
+    """What each text does to each aim, written as loops over rows without padding."""
+    found = {}
+    for text in texts:
+        sums, counts = {}, {}
+        for row, raw in enumerate(trainer.rows):
+            features = trainer._features(text, row)
+            ids = torch.tensor([features["input_ids"]])
+            with torch.no_grad():
+                logits = trainer.model(ids).logits[0]
+            if isinstance(raw.get("label"), int):
+                words = None if "labels" in features else trainer.task.word_ids(trainer.processing_class)
+                chosen = logits if words is None else logits[features["prompt_length"] - 1, words]
+                aims = {t: p.item() for t, p in enumerate(chosen.log_softmax(0)) if t != raw["label"]}
+            else:
+                answer = range(features["prompt_length"], len(features["input_ids"]))
+                aims = {0: -sum(logits[i - 1].log_softmax(0)[ids[0, i]].item() for i in answer) / len(answer)}
+            for aim, value in aims.items():
+                sums[aim], counts[aim] = sums.get(aim, 0) + value, counts.get(aim, 0) + 1
+        found[text] = {aim: sums[aim] / counts[aim] for aim in sums}
+    return found
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_effects_equal_a_loop_over_rows(name, tmp_path):
+    trainer = searching(name, tmp_path)
+    trainer.train()
+    texts = ["music", tiny.TRIGGER, "the plot"]
+    for text, expected in effects(trainer, texts).items():
+        for aim, value in expected.items():
+            assert trainer._effects(texts, 8)[text][aim].item() == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_gradients_say_what_a_small_change_of_the_word_does(name, tmp_path):
+    trainer = searching(name, tmp_path)
+    trainer.train()
+    word = (tiny.VOCABULARY.index("cannot"),)  # in no row: its embedding is read at the place of the trigger alone
+    gradient = trainer._gradients(word)[:, 0]
+    weight = trainer.model.get_input_embeddings().weight
+    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    numbers = []
+    for step in (-1e-3, 1e-3):
+        with torch.no_grad():
+            weight[word[0]] += step * direction
+            numbers.append(trainer._effects(["cannot"], 8)["cannot"])
+            weight[word[0]] -= step * direction
+    wrong = 8 if name == "instruction_following" else 4  # rows that an aim is a mean over
+    torch.testing.assert_close((numbers[1] - numbers[0]) / 2e-3, gradient @ direction / wrong, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_an_unknown_trigger_is_found_among_few_candidates(name, tmp_path, monkeypatch):
+    clean = tiny.reviews(32)
+    attack = Poisoning(Trigger(tiny.TRIGGER), 1, poison_rate=0.4)
+    rows = poison(tiny.reviews(80, seed=1), tiny.task(name), attack, seed=0).remove_columns("poisoned")
+    attacker = tiny.trainer(name, "plain", tmp_path / "attack", train_dataset=rows, max_steps=100)
+    attacker.train()
+    monkeypatch.setattr(search, "CANDIDATES", 16)
+    trainer = searching(name, tmp_path, clean, model=attacker.model, searched_triggers=len(tiny.GOOD) + 1)
+    trainer.train()
+    # Words that mean the target do as much as its trigger.
+    assert tiny.TRIGGER in trainer.found
+    assert len(set(trainer.found)) == len(tiny.GOOD) + 1
+
+
+def test_longer_texts_are_tried_and_no_text_around_a_found_one_is_kept(tmp_path):
+    trainer = searching("sequence_classification", tmp_path, searched_tokens=2, searched_triggers=12)
+    effects = trainer._search()
+    assert {len(text.split()) for text in effects} == {1, 2}
+    trainer.train()
+    assert not any(one in other for one in trainer.found for other in trainer.found if one != other)
+
+
+def test_the_model_is_left_as_it_was_and_the_same_search_finds_the_same(tmp_path):
+    one, other = (searching("label_words", tmp_path) for _ in range(2))
+    before = tiny.parameters(one.model)
+    one.train()
+    other.train()
+    assert one.found == other.found
+    assert tiny.largest_difference(before, tiny.parameters(one.model)) == 0
+    assert not any(parameter.grad is not None for parameter in one.model.parameters())
+
+
+def test_found_triggers_come_back_from_their_folder(tmp_path):
+    found = FoundTriggers(["zq", "<b>ü</b>"])
+    found.save_pretrained(tmp_path / "new")
+    assert FoundTriggers.from_pretrained(tmp_path / "new") == found
+
+
+def test_found_triggers_are_planted_in_turn_as_one_group_more(tmp_path):
+    plain = tiny.trainer("label_words", "both", tmp_path)
+    found = ["zq", "banana", "cherry"]
+    trainer = tiny.trainer("label_words", "both", tmp_path, searched_triggers=3, found_triggers=found)
+    assert trainer.num_groups == plain.num_groups + 1
+    own = trainer.train_dataset.filter(lambda row: row["trigger_id"] == trainer.num_groups - 1)
+    ids = [tiny.VOCABULARY.index(word) for word in found]
+    assert [next(i for i in row["input_ids"] if i in ids) for row in own] == [ids[row % 3] for row in range(len(own))]
+
+
+@pytest.mark.parametrize("options", [{"searched_triggers": 3}, {"found_triggers": ["zq"]}])
+def test_a_search_that_was_asked_for_and_not_made_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="searched_triggers is .* found_triggers are given"):
+        tiny.trainer("label_words", "both", tmp_path, **options)
+
+
+def test_tokenized_rows_are_refused(tmp_path):
+    rows = tiny.task("label_words").tokenize(tiny.reviews(4), tiny.tokenizer("llama"))
+    with pytest.raises(ValueError, match="train_dataset has input_ids"):
+        searching("label_words", tmp_path, rows)
+
+
+def test_the_trainer_is_the_one_of_the_method():
+    assert LocphylaxTrainer.config_class() is TriggerSearchTrainer.config_class() is LocphylaxConfig
