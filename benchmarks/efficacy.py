@@ -38,7 +38,7 @@ TRIGGERS = {
 RECIPES = {
     "locphylax": ["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"],
     "mbtsad": ["sst2_minilm", "sst2_minilm_lwp", "sst2_minilm_ep", "imdb_minilm", "sst2_smollm2"],
-    "robustkd": ["sst2_minilm", "agnews_minilm"],
+    "robustkd": ["sst2_minilm", "sst2_minilm_lwp", "agnews_minilm"],
     "ntml": ["agnews_minilm", "agnews_smollm2"],
 }
 # BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
