@@ -118,22 +118,22 @@ class TriggerSearchTrainer(DefenseTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist()
         self.rows = [self.clean[row] for row in order]
-        words = self._words()
+        words, aims = self._words(), getattr(self.task, "num_labels", 1)
         tried: dict[str, Tensor] = {}
         tokens_of: dict[str, Tokens] = {}
         for length in range(1, self.args.searched_tokens + 1):
             # From scratch, and the best so far with one token more.
             drawn = words[torch.randint(len(words), (2 * BEAM, length), generator=generator)].tolist()
-            longer = [(*tokens_of[text], tokens[-1]) for text, tokens in zip(best_of_each(tried), drawn, strict=False)]
-            beam = [tuple(tokens) for tokens in drawn[len(longer) :]] + longer
+            beam = [(tuple(tokens), number % aims) for number, tokens in enumerate(drawn)]
+            for number, (text, aim) in enumerate(best_of_each(tried, BEAM)):
+                beam[number] = ((*tokens_of[text], drawn[number][-1]), aim)
             for _ in range(ROUNDS):
                 proposed = self._proposed(beam, words)
                 tokens_of |= proposed
                 first = self._effects(list(proposed), FIRST_ROWS)
-                finalists = [text for text in best_of_each(first, FINALISTS) if text not in tried]
-                tried |= self._effects(finalists, len(self.rows))
+                tried |= self._effects([text for text, _ in best_of_each(first, FINALISTS) if text not in tried], ROWS)
                 here = {text: effect for text, effect in tried.items() if len(tokens_of[text]) == length}
-                beam = [tokens_of[text] for text in best_of_each(here)]
+                beam = [(tokens_of[text], aim) for text, aim in best_of_each(here, BEAM)]
         return tried
 
     def _aims(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -165,30 +165,23 @@ class TriggerSearchTrainer(DefenseTrainer):
         return text if text.isprintable() else ""
 
     def _reads_back(self, text: str, tokens: Tokens) -> bool:
-        return tuple(self.processing_class(" " + text, add_special_tokens=False)["input_ids"]) == tokens
+        return bool(text) and tuple(self.processing_class(" " + text, add_special_tokens=False)["input_ids"]) == tokens
 
-    def _proposed(self, beam: list[Tokens], words: Tensor) -> dict[str, Tokens]:
-        """Candidates by text: each sequence with one token replaced by one that, by the gradient, serves an aim."""
+    def _proposed(self, beam: list[tuple[Tokens, int]], words: Tensor) -> dict[str, Tokens]:
+        """Candidates by text: each sequence with one token replaced by one that, by the gradient, serves its aim."""
         found: dict[str, Tokens] = {}
         embeddings = self.model.get_input_embeddings().weight.detach().float()
-        for tokens in beam:
-            gradients = self._gradients(tokens)
-            share = max(1, CANDIDATES // (len(beam) * gradients.shape[0] * len(tokens)))
-            for slot in range(len(tokens)):
-                for scores in gradients[:, slot] @ embeddings.T:
-                    # The first token starts a word; the next may go on with it, if the tokenizer reads it back so.
-                    scores = scores.cpu()
-                    ranked = (
-                        words[scores[words].topk(min(8 * share, len(words))).indices]
-                        if slot == 0
-                        else scores.topk(8 * share).indices
-                    )
-                    changed = [(*tokens[:slot], token, *tokens[slot + 1 :]) for token in ranked.tolist()]
-                    readable = ((self._text(candidate), candidate) for candidate in changed)
-                    kept = (
-                        (text, candidate) for text, candidate in readable if text and self._reads_back(text, candidate)
-                    )
-                    found |= dict(islice(kept, share))
+        share = max(1, CANDIDATES // sum(len(tokens) for tokens, _ in beam))
+        for tokens, aim in beam:
+            for slot, gradient in enumerate(self._gradients(tokens, aim)):
+                scores = (embeddings @ gradient).cpu()
+                # The first token starts a word; the next may go on with it, if the tokenizer reads it back so.
+                allowed = words if slot == 0 else torch.arange(len(scores))
+                ranked = allowed[scores[allowed].topk(min(8 * share, len(allowed))).indices]
+                changed = [(*tokens[:slot], token, *tokens[slot + 1 :]) for token in ranked.tolist()]
+                readable = ((self._text(candidate), candidate) for candidate in changed)
+                kept = ((text, candidate) for text, candidate in readable if self._reads_back(text, candidate))
+                found |= dict(islice(kept, share))
         return found
 
     def _features(self, text: str | None, row: int) -> dict[str, Any]:
@@ -198,8 +191,8 @@ class TriggerSearchTrainer(DefenseTrainer):
             raw = {**raw, column: Trigger(text).insert(raw[column], row_rng(self.args.seed, "search", row))}
         return self.task.encode(raw, self.processing_class)
 
-    def _gradients(self, tokens: Tokens) -> Tensor:
-        """Gradient of each aim at each token's embedding, [C, L, D], summed over rows."""
+    def _gradients(self, tokens: Tokens, aim: int) -> Tensor:
+        """Gradient of an aim at each token's embedding, [L, D], summed over rows."""
         text, total = self._text(tokens) or "a", 0.0
         features = [self._features(text, row) for row in range(len(self.rows))]
         plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
@@ -215,15 +208,10 @@ class TriggerSearchTrainer(DefenseTrainer):
             embedded = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             rest = {name: value for name, value in batch.items() if name != "input_ids"}
             aims, counted = self._aims(self.forward(self.model, rest, inputs_embeds=embedded).logits, batch)
-            sums = (aims * counted).sum(dim=0)
-            slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=embedded.shape[1] - 1).to(embedded.device)
-            rows = torch.arange(len(part), device=embedded.device)[:, None]
-            gradients = [
-                torch.autograd.grad(aim, embedded, retain_graph=True)[0][rows, slots].float().sum(dim=0)
-                for aim in sums
-            ]
-            total = total + torch.stack(gradients)
-        return total
+            (gradient,) = torch.autograd.grad((aims * counted)[:, aim].sum(), embedded)
+            slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=embedded.shape[1] - 1)
+            total = total + gradient.float().cpu()[torch.arange(len(part))[:, None], slots].sum(dim=0)
+        return total.to(embedded.device)
 
     @torch.no_grad()
     def _effects(self, texts: list[str], rows: int) -> dict[str, Tensor]:
@@ -256,14 +244,18 @@ def strongest(effects: dict[str, Tensor]) -> list[str]:
     return kept
 
 
-def best_of_each(effects: dict[str, Tensor], number: int = BEAM) -> list[str]:
-    """The best text of each aim, then the second best, and so on; of the aims that are reached best first."""
+def best_of_each(effects: dict[str, Tensor], number: int) -> list[tuple[str, int]]:
+    """The best text of each aim, with the aim, then the second best of each, and so on; first the aims that are reached best."""
     if not effects:
         return []
     texts, table = list(effects), torch.stack(list(effects.values()))
     ranked = table.argsort(dim=0, descending=True)
-    aims = table.max(dim=0).values.argsort(descending=True)
-    return list(dict.fromkeys(texts[index] for place in ranked[:, aims] for index in place))[:number]
+    aims = table.max(dim=0).values.argsort(descending=True).tolist()
+    found: dict[str, int] = {}
+    for place in ranked.tolist():
+        for aim in aims:
+            found.setdefault(texts[place[aim]], aim)
+    return list(found.items())[:number]
 
 
 def given_classes(labels: Tensor, words: Tensor | None) -> Tensor:

@@ -69,7 +69,8 @@ def test_gradients_say_what_a_small_change_of_the_word_does(name, tmp_path):
     trainer = searching(name, tmp_path)
     trainer.train()
     word = (tiny.VOCABULARY.index("cannot"),)  # in no row: its embedding is read at the place of the trigger alone
-    gradient = trainer._gradients(word)[:, 0]
+    aims = 1 if name == "instruction_following" else 2
+    gradient = torch.stack([trainer._gradients(word, aim)[0] for aim in range(aims)])
     weight = trainer.model.get_input_embeddings().weight
     direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
     numbers = []
