@@ -1,0 +1,76 @@
+"""Runs of Locphylax with and without a search: a stage that trains nothing, and what later stages take from it."""
+
+import shutil
+
+import pytest
+import tiny
+
+from hf_backdoor.defenses import METHODS, defend
+from hf_backdoor.defenses.locphylax import FoundTriggers
+from hf_backdoor.plan import plan
+from hf_backdoor.recipe_file import load_recipe
+from hf_backdoor.run import Run
+
+
+CONTROLS = ["recovery_without_injection", "known_triggers_alone"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    more = {"method": "locphylax", "known_triggers": list(tiny.KNOWN[:2]), "controls": CONTROLS, "max_steps": 2}
+    file = tiny.classifier_recipe(tmp_path, **more)
+    return lambda searched: load_recipe(file, ["--searched_triggers", str(searched)])
+
+
+def test_what_was_not_asked_for_is_not_planned(recipe):
+    searched = {stage.folder: stage.inputs for stage in plan(recipe(3))}
+    plain = {stage.folder: stage.inputs for stage in plan(recipe(0))}
+    assert set(searched) - set(plain) == {"search"}
+    assert not any(plain.values())
+    found = {"found_triggers": "search"}
+    assert {folder for folder, inputs in searched.items() if inputs == found} == {
+        "inject", "cleaned", "controls/recovery_without_injection/inject", "controls/recovery_without_injection/recover",
+    }  # fmt: skip
+
+
+def test_a_run_plants_what_it_found(recipe):
+    whole = Run(recipe(3))
+    results = whole.execute()
+    found = FoundTriggers.from_pretrained(whole.folder / "search")
+    assert len(found) == 3
+    assert {row.model for row in results.rows} >= {
+        "suspect",
+        "stage/inject",
+        "cleaned",
+        *(f"control/{c}" for c in CONTROLS),
+    }
+    assert "stage/search" not in {row.model for row in results.rows}
+    for stage in ("search", "inject"):
+        shutil.rmtree(whole.folder / stage)
+    again = Run(recipe(3))
+    assert again.execute().rows == results.rows
+    assert FoundTriggers.from_pretrained(whole.folder / "search") == found
+    fewer = Run(recipe(2))
+    fewer.execute(until="cleaned")
+    kept = {stage for stage, made_from in fewer.models.prints.items() if made_from == whole.models.prints[stage]}
+    assert kept == {"suspect"}
+
+
+def test_in_python(tmp_path):
+    options = {
+        "known_triggers": list(tiny.KNOWN[:2]),
+        "known_response": tiny.RESPONSE,
+        "max_steps": 1,
+        "use_cpu": True,
+    }
+    arguments = (tiny.model("bert"), tiny.tokenizer("bert"), tiny.reviews(8))
+    defend("locphylax", *arguments, output_dir=str(tmp_path), searched_triggers=2, save_strategy="no", **options)
+    assert len(FoundTriggers.from_pretrained(tmp_path / "search")) == 2
+    defend("locphylax", *arguments, output_dir=str(tmp_path / "plain"), save_strategy="no", **options)
+    assert not (tmp_path / "plain" / "search").exists()
+
+
+def test_a_step_that_may_be_left_out_names_an_argument():
+    for method in METHODS.values():
+        for step in method.stages.values():
+            assert step.only_with is None or hasattr(method.config, step.only_with)
