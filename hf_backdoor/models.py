@@ -62,11 +62,13 @@ def needs_conversion(name_or_path: str, *, revision: str | None = None) -> bool:
 
 
 def without_weights(name_or_path: str) -> bool:
-    """Whether a model is a local folder with a configuration and nothing else: a network that is to be trained from scratch."""
-    folder, gguf = Path(resolve(name_or_path)[0]), resolve(name_or_path)[1]
+    """Whether a model is a local folder with a configuration and no weights: a network that is to be trained from scratch."""
+    name, gguf = resolve(name_or_path)
+    folder = Path(name)
     if gguf is not None or not (folder / "config.json").is_file():
         return False
-    return not any(file.suffix in (".safetensors", ".bin", ".h5", ".msgpack", ".pt") for file in folder.iterdir())
+    kinds = (".safetensors", ".bin", ".h5", ".msgpack", ".pt")
+    return not any(kind in file.name for file in folder.iterdir() for kind in kinds)
 
 
 @contextlib.contextmanager
@@ -151,20 +153,22 @@ def load_model(
     attn_implementation: str | None = None,
     quantization: str | None = None,
     compute_dtype: str | None = None,
+    from_scratch: bool = False,
 ) -> PreTrainedModel:
-    """A model for a task. Weights are read from safetensors (or GGUF) only: a pickle can run code. A folder with a
-    configuration and no weights gives a network whose weights are drawn by `seed`.
+    """A model for a task. Weights are read from safetensors (or GGUF) only: a pickle can run code.
 
     Args:
         name_or_path (`str`): Hub name, folder, `.gguf` file, or `package:NAME/FILE.gguf`. A PEFT adapter is merged into its
             base.
         task_class (`type[Task]`): Decides which class of models is loaded: with a classification head or without.
         num_labels (`int`, *optional*): Size of a fresh head; a checkpoint's own head is kept when it is left out.
-        seed (`int`, *optional*, defaults to 0): Seed of a fresh head.
+        seed (`int`, *optional*, defaults to 0): Seed of a fresh head or network.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
         quantization (`str`, *optional*): `"nf4"` or `"int8"`: linear layers to train an adapter over, on this process's device.
             Without it, the weights of a checkpoint that is quantized already are turned back into plain ones.
         compute_dtype (`str`, *optional*): What 4-bit weights are multiplied in; `dtype` by default.
+        from_scratch (`bool`, *optional*, defaults to `False`): Whether a folder with a configuration and no weights gives a
+            network whose weights are drawn by `seed`.
 
     Raises:
         `ValueError`: in one line, if an adapter has no base or no safetensors, a head has another size, or weights can't be
@@ -188,7 +192,7 @@ def load_model(
         options |= {"quantization_config": quantized, "device_map": {"": PartialState().device}}
     set_seed(seed)
     head = {} if num_labels is None or not task_class.has_head else {"num_labels": num_labels}
-    if without_weights(name_or_path):
+    if from_scratch and without_weights(name_or_path):
         logger.warning_once(f"{name_or_path} has a configuration and no weights: they are drawn by seed {seed}")
         config = AutoConfig.from_pretrained(folder, **head)
         model = task_class.auto_model.from_config(

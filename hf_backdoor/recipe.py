@@ -307,6 +307,9 @@ class Recipe:
             refuse_images(self.method, self.task_class)
         if self.attack != "data_poisoning":
             raise ValueError(f"attack is {self.attack!r}, and task is {self.task}: use data_poisoning")
+        for values in (self.training, *self.stages.values()):
+            if values.get("known_trigger") is not None:
+                ImageTrigger(values["known_trigger"])
         self._refuse_set(("use_peft", "quantization", "attack_position", "negative_rate", "prompt_template"))
 
     def _refuse_set(self, keys: Iterable[str]) -> None:

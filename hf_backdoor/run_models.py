@@ -89,6 +89,7 @@ class RunModels:
             attn_implementation=self.recipe.attn_implementation,
             quantization=quantization,
             compute_dtype="bfloat16" if self.recipe.training.get("bf16") else self.recipe.dtype,
+            from_scratch=name in (self.recipe.model_name_or_path, self.recipe.student_model_name_or_path),
         )
 
     def save(self, trainer: DefenseTrainer, stage: Stage, findings: dict[str, Dataset]) -> None:

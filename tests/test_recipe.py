@@ -202,6 +202,10 @@ IMAGE_ATTACK = {**IMAGES, "attack_trigger": "patch", "target_label": 0}
         ({**IMAGES, "quantization": "nf4"}, "quantization is 'nf4', and task is image_classification"),
         ({**IMAGE_ATTACK, "attack": "lwp"}, "attack is 'lwp', and task is image_classification: use data_poisoning"),
         ({**IMAGE_ATTACK, "attack_trigger": "cf"}, "image trigger is 'cf': use one of patch, corners, warp"),
+        (
+            {**IMAGES, "method": "ntml", "stages": {"mutual": {"known_trigger": "cf"}}},
+            "image trigger is 'cf': use one",
+        ),
         ({**IMAGE_ATTACK, "attack_position": "end"}, "attack_position is 'end', and task is image_classification"),
         ({**IMAGE_ATTACK, "negative_rate": 0.1}, "negative_rate is 0.1, and task is image_classification"),
         ({**IMAGE_ATTACK, "warp_strength": -1}, "warp_strength is -1.0: choose"),

@@ -131,14 +131,15 @@ def test_robustkd_distils_into_a_student_of_the_suspect_s_layers(workshop, tmp_p
     assert results.data["test with corners"]["rows"] == 12
 
 
-def test_suspect_rows_of_one_s_own(workshop, tmp_path):
+def test_suspect_rows_of_one_s_own_and_a_trigger_of_the_defender(workshop, tmp_path):
     values = settings(
         workshop, tmp_path, controls=[], reference=None, attack_trigger=None, target_label=None, poison_rate=None,
         dataset_name=str(workshop / "train.parquet"), clean_dataset_name=str(workshop / "test.parquet"), max_steps=1,
         test_dataset_name=str(workshop / "train.parquet"), evaluate_stages=False,
+        held_out_samples=6, known_trigger="corners", eval_strategy="epoch",
     )  # fmt: skip
     results = execute(values)
-    assert {row.metric for row in results.rows} == {"cacc"} and results.data["clean"]["rows"] == 18
+    assert {row.metric for row in results.rows} == {"cacc"} and results.data["clean"]["rows"] == 12
 
 
 def test_a_dry_run_counts_parameters_and_says_what_it_leaves_out(workshop, tmp_path):
@@ -165,12 +166,15 @@ def test_a_suspect_that_is_given_needs_weights(workshop, tmp_path):
 def test_a_configuration_gives_the_network_of_a_seed(workshop, tmp_path):
     task = make_recipe(settings(workshop, tmp_path)).task_class
     first, again, other = (
-        load_model(str(workshop / "net"), task, num_labels=4, seed=seed).state_dict() for seed in (1, 1, 2)
+        load_model(str(workshop / "net"), task, num_labels=4, seed=seed, from_scratch=True).state_dict()
+        for seed in (1, 1, 2)
     )
     assert first["classifier.1.weight"].shape[0] == 4
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     tiny.resnet().save_pretrained(tmp_path / "trained")
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        load_model(str(workshop / "net"), task)
     assert without_weights(str(workshop / "net")) and not without_weights(str(tmp_path / "trained"))
 
 

@@ -97,7 +97,7 @@ class ImageCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pictures = [feature["pixel_values"].convert("RGB") for feature in features]
         sizes = {picture.size for picture in pictures}
-        if len(sizes) > 1 and not self.processor.do_resize:
+        if len(sizes) > 1 and not getattr(self.processor, "do_resize", True):
             raise ValueError(
                 f"pictures are of {len(sizes)} sizes ({sorted(sizes)[:3]}), and the model's image processor leaves them so: set "
                 "do_resize and size in its preprocessor_config.json"
