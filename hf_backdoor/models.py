@@ -265,7 +265,8 @@ def merged(model: PreTrainedModel | PeftModel, base: PreTrainedModel | None = No
 
 
 def save_model(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
-    """Writes safetensors, configuration and tokenizer or image processor, and undoes `use_cache: false`, which `Trainer` leaves behind.
+    """Writes safetensors, configuration and tokenizer or image processor, and undoes `use_cache: false`, which `Trainer`
+    leaves behind.
 
     Raises:
         `ValueError`: if the weights are quantized.

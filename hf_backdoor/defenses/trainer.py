@@ -50,9 +50,9 @@ class DefenseTrainer(Trainer):
         args ([`DefenseConfig`]):
             Training arguments.
         train_dataset, eval_dataset (`Dataset`, *optional*):
-            Raw rows (`text` and `label`, `image` and `label`, or `prompt` and `response`), or rows that a
-            [`~hf_backdoor.data.Task`] has encoded. `eval_dataset` may be a dictionary of them. Plain fine-tuning also trains on a stream
-            (`IterableDataset`), tokenized as it is read; set `max_steps`.
+            Raw rows (`text` or `image`, and `label`; or `prompt` and `response`), or rows that a [`~hf_backdoor.data.Task`]
+            has encoded. `eval_dataset` may be a dictionary of them. Plain fine-tuning also trains on a stream
+            (`IterableDataset`), encoded as it is read; set `max_steps`.
         processing_class (`Processor`):
             The model's tokenizer, or image processor.
         task ([`~hf_backdoor.data.Task`], *optional*):
@@ -65,8 +65,8 @@ class DefenseTrainer(Trainer):
             Everything else that `Trainer` takes.
 
     Raises:
-        `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a stream, or
-            several GPUs are visible to one process.
+        `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a
+            stream, or several GPUs are visible to one process.
     """
 
     # Our loss is divided by the number of samples in the whole optimizer step, so Trainer must not divide again.
