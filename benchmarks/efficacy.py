@@ -2,9 +2,9 @@
 
     python benchmarks/efficacy.py --data ../shared/data --minilm FOLDER --smollm2 FOLDER [--method locphylax]
 
-A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are kept, a killed one goes on
-where it stopped, and weights of a finished cell are deleted. Writes one `results.json` a cell and the table to
-`benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
+A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
+kept, a killed one goes on where it stopped, and weights of a finished cell are deleted. Writes one `results.json` a cell and
+the table to `benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
 (`docs/METHOD.md` says how).
 """
 

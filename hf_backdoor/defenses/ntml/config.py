@@ -46,7 +46,8 @@ class NTMLConfig(DefenseConfig):
             without a trigger alone would choose the target network, backdoor and all.
         known_trigger (`str`, *optional*):
             A text (for images `patch`, `corners` or `warp`) that the defender planted in some suspect rows, with a label
-            of its own choice, before the target network was trained. Held-out rows are measured with it as well, their labels as they are.
+            of its own choice, before the target network was trained. Held-out rows are measured with it as well, their
+            labels as they are.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})
