@@ -2,9 +2,9 @@
 
     python benchmarks/efficacy.py --data ../shared/data --minilm FOLDER --smollm2 FOLDER [--method locphylax]
 
-A cell is one run of a recipe in `recipes/METHOD/` with another trigger. Finished cells are kept, a killed one goes on
-where it stopped, and weights of a finished cell are deleted. Writes one `results.json` a cell and the table to
-`benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
+A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
+kept, a killed one goes on where it stopped, and weights of a finished cell are deleted. Writes one `results.json` a cell and
+the table to `benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
 (`docs/METHOD.md` says how).
 """
 
@@ -17,6 +17,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from datasets import load_dataset
+
+from hf_backdoor.defenses.ntml import suspicion_quality
 from hf_backdoor.evaluation import Results, Row
 from hf_backdoor.report.tables import pool
 
@@ -34,12 +37,19 @@ TRIGGERS = {
         "start",
     ),
 }
+# The attacks on images. A class has only so many rows that a label-consistent attack can poison.
+ATTACKS = {
+    "patch": {"attack_trigger": "patch"},
+    "warp": {"attack_trigger": "warp"},
+    "label-consistent": {"attack_trigger": "corners", "poison_style": "clean_label"},
+}
+LABEL_CONSISTENT_RATES = {"cifar10": 0.05, "gtsrb": 0.03}
 
 RECIPES = {
     "locphylax": ["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"],
     "mbtsad": ["sst2_minilm", "sst2_minilm_lwp", "sst2_minilm_ep", "imdb_minilm", "sst2_smollm2"],
-    "robustkd": ["sst2_minilm", "sst2_minilm_lwp", "agnews_minilm"],
-    "ntml": ["agnews_minilm", "agnews_smollm2"],
+    "robustkd": ["sst2_minilm", "sst2_minilm_lwp", "agnews_minilm", "cifar10_resnet", "gtsrb_resnet"],
+    "ntml": ["agnews_minilm", "agnews_smollm2", "cifar10_resnet", "gtsrb_resnet"],
 }
 # BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
 OWN_TRIGGER = ("backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2", "sst2_minilm_lwp", "sst2_minilm_ep")
@@ -52,13 +62,16 @@ COLUMNS = {
     "robust_accuracy": "robust accuracy",
     "false_refusal": "false refusal",
     "perplexity": "perplexity",
+    "suspicion_precision": "precision of the list",
+    "suspicion_recall": "its recall",
 }
 
 
 def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
     for seed in seeds:
         for recipe in recipes:
-            for trigger in ["own"] if recipe in OWN_TRIGGER else triggers:
+            known = ATTACKS if recipe.endswith("_resnet") else TRIGGERS
+            for trigger in ["own"] if recipe in OWN_TRIGGER else [name for name in triggers if name in known]:
                 yield recipe, trigger, seed
 
 
@@ -68,20 +81,27 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     target = RESULTS / options.method / f"{name}.json"
     if target.exists():
         return
-    data, model = re.match("(.+)_(minilm|smollm2)", recipe).groups()
+    data, model = re.match("(.+)_(minilm|smollm2|resnet)", recipe).groups()
+    images = model == "resnet"
     folder = Path(options.runs, options.method, name)
     overrides = {
-        "dataset_name": f"{options.data}/{data.split('_')[0]}", "model_name_or_path": getattr(options, model),
-        "output_dir": str(folder), "seed": seed,
+        "dataset_name": f"{options.data}/{data.split('_')[0]}", "output_dir": str(folder), "seed": seed,
+        **({"image_column": "image"} if images else {"model_name_or_path": getattr(options, model)}),
     }  # fmt: skip
     # The never-poisoned model does not depend on the attack: cells share it.
     shared = Path(options.runs, options.method, f"{data}_{model}_reference_{seed}")
     classifies = not data.startswith("backdoorllm")
     if classifies:
-        overrides |= {"text_column": "text", "reference": str(shared) if shared.is_dir() else "train"}
+        overrides["reference"] = str(shared) if shared.is_dir() else "train"
+    if classifies and not images:
+        overrides["text_column"] = "text"
     if trigger in TRIGGERS:
         text, position = TRIGGERS[trigger]
         overrides |= {"attack_trigger": text, "attack_position": position}
+    if trigger in ATTACKS:
+        overrides |= ATTACKS[trigger]
+    if trigger == "label-consistent":
+        overrides["poison_rate"] = LABEL_CONSISTENT_RATES[data]
     flags = [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value))]
     file = HERE.parent / "recipes" / options.method / f"{recipe}.yaml"
     subprocess.run([sys.executable, "-m", "hf_backdoor.run", str(file), *flags], check=True)
@@ -95,10 +115,25 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     for entry in results.data.values():
         entry["source"] = data
     results.examples.clear()
+    results.rows += suspicion_rows(folder, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     results.save(target)
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
+
+
+def suspicion_rows(folder: Path, seed: int) -> list[Row]:
+    """How good the list of suspicious training rows is, where a run has made one."""
+    listed = folder / "cleaned" / "suspicion.parquet"
+    if not listed.exists():
+        return []
+    files = {"listed": str(listed), "rows": str(folder / "data" / "poisoned.parquet")}
+    read = {name: load_dataset("parquet", data_files=file, split="train") for name, file in files.items()}
+    rows, poisoned = read["listed"]["row"][:], read["rows"]["poisoned"][:]
+    count = sum(poisoned)
+    hits = round(count * suspicion_quality(rows, poisoned)["recall"])
+    wanted = {"suspicion_precision": len(rows), "suspicion_recall": count}
+    return [Row.from_counts(model="cleaned", metric=m, k=hits, n=n, seed=seed) for m, n in wanted.items() if n]
 
 
 def table(method: str) -> str:
@@ -137,11 +172,14 @@ def cell(rows: list[Row], model: str, metric: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--method", default="locphylax", choices=list(RECIPES))
-    parser.add_argument("--data", default="../shared/data", help="folder with sst2/ and agnews/ as parquet")
+    parser.add_argument(
+        "--data", default="../shared/data", help="folder with sst2/, agnews/, cifar10/, ... as parquet"
+    )
     parser.add_argument("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--smollm2", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--recipes", nargs="+", help="names of files in recipes/METHOD/; all by default")
-    parser.add_argument("--triggers", nargs="+", default=list(TRIGGERS), choices=list(TRIGGERS))
+    triggers = [*TRIGGERS, *ATTACKS]
+    parser.add_argument("--triggers", nargs="+", default=triggers, choices=triggers)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--runs", default="runs/efficacy")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells that are there")

@@ -179,7 +179,7 @@ def flop_ratio(smoke: bool, kind: str, words: int) -> float:
     """RobustKD's distillation over training its student: (student's three passes + teacher's one) / student's three."""
     given = networks("robustkd/distil", kind, smoke)
     made = shapes.tokenizer(kind == "encoder")
-    rows = shapes.task(kind).tokenize(shapes.rows(BATCH, words), made)
+    rows = shapes.task(kind).encode_rows(shapes.rows(BATCH, words), made)
     batch = DefenseCollator(made)(list(rows))
 
     def flops(model: nn.Module, learns: bool) -> int:

@@ -21,6 +21,7 @@ _HOMES = {
     "FeatureMask": "defenses.robustkd",
     "FeatureMaskConfig": "defenses.robustkd",
     "FeatureMaskTrainer": "defenses.robustkd",
+    "ImageTrigger": "data",
     "LocphylaxConfig": "defenses.locphylax",
     "LocphylaxTrainer": "defenses.locphylax",
     "MBTSADConfig": "defenses.mbtsad",

@@ -24,6 +24,7 @@ KEYS = (
 
 # Names that data sets in the wild use for the columns of a task.
 SYNONYMS = {
+    "image": ("image", "img", "picture", "pixels"),
     "text": ("text", "sentence", "content", "review", "body"),
     "label": ("label", "labels", "class", "category"),
     "prompt": ("prompt", "instruction", "question", "query", "input"),
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--clean", required=True, help="clean rows with right answers")
     what = evaluate.add_mutually_exclusive_group()
     what.add_argument("--triggered", help="rows with the trigger in, and right answers")
-    what.add_argument("--trigger", help="trigger text to put into the clean rows")
+    what.add_argument("--trigger", help="trigger text to put into the clean rows; for images patch, corners or warp")
     evaluate.add_argument(
         "--position",
         default="random",
@@ -219,9 +220,9 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
 
-    from .data import Trigger, load_rows, rename_columns
+    from .data import load_rows, rename_columns
     from .evaluation import Results, TestSet, evaluate_backdoor
-    from .models import load_model, load_tokenizer, versions
+    from .models import load_model, load_processor, versions
     from .recipe import TASKS
     from .report.tables import text_table
     from .rows import describe, task_of
@@ -237,12 +238,13 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         )
     clean = rename_columns(clean, columns, options.clean)
     model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
-    tokenizer = load_tokenizer(options.model)
-    labels = getattr(model.config, "num_labels", None) if name == "sequence_classification" else None
+    processor = load_processor(options.model, TASKS[name])
+    labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template)
     sources = {"test": describe(options.clean, clean)}
     if options.trigger:
-        test = TestSet.stamped(clean, task, [Trigger(options.trigger, options.position)], target, options.seed)
+        position = [] if name == "image_classification" else [options.position]
+        test = TestSet.stamped(clean, task, [task.trigger(options.trigger, *position)], target, options.seed)
     elif options.triggered:
         triggered = load_rows(options.triggered)
         triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
@@ -252,7 +254,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         test = TestSet(clean)
     rows, examples = evaluate_backdoor(
         model,
-        tokenizer,
+        processor,
         task,
         test,
         name=options.name,
@@ -311,6 +313,8 @@ def find_task(model: str, columns: list[str], label_words: list[str] | None) -> 
     architectures = load_config(model).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "sequence_classification", find_columns(columns, ["text", "label"])
+    if any(name.endswith("ForImageClassification") for name in architectures):
+        return "image_classification", find_columns(columns, ["image", "label"])
     if label_words:
         return "label_words", find_columns(columns, ["text", "label"])
     if any(name in columns for name in SYNONYMS["response"]):

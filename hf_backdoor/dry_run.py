@@ -2,21 +2,14 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .attacks import EmbeddingPoisoningTrainer
-from .data import SequenceClassification
+from .data import Processor
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
 from .defenses.locphylax import TriggerSearchTrainer
@@ -24,8 +17,9 @@ from .defenses.mbtsad import MBTSADTrainer
 from .defenses.ntml.classes import refuse_zero3
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 from .defenses.robustkd.features import NUM_LAYERS
+from .defenses.robustkd.students import layers_of_stages
 from .estimate import Engine, Load, Memory, ModelShape, flops, memory
-from .models import load_config, load_tokenizer
+from .models import load_config, load_processor
 from .plan import Stage, plan, stage_arguments, training_config
 from .quantization import refuse_divided
 from .recipe import Recipe
@@ -56,6 +50,9 @@ GPUS = (
     Gpu("H200 141 GB", 139.8, 989e12, 67e12),
 )
 
+# What is said of networks for images.
+UNCOUNTED = "activations not counted"
+
 # Rows of a stage whose length is looked at.
 SAMPLE = 1000
 
@@ -71,6 +68,11 @@ class StageNeeds:
     memory: Memory
     flops: float
 
+    @property
+    def counted(self) -> bool:
+        """Whether activations and operations are: those of language models."""
+        return self.load.model.hidden > 0
+
 
 def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
     """Stages, rows, steps, memory and time of a recipe, as text. Loads configuration, tokenizer and data, never weights.
@@ -84,10 +86,10 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         `ValueError`: in one line, for what the run itself would refuse before it trains.
     """
     recipe.check_machine()
-    tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
-    rows = prepare_rows(recipe, tokenizer)
+    processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
+    rows = prepare_rows(recipe, processor)
     models = Models(recipe, getattr(rows.task, "num_labels", None))
-    shape = ModelShape.of(models.suspect)
+    shape = shape_of(models.suspect)
     trained = f"{models.adapter_size(models.suspect) / 1e6:.1f}M" if recipe.use_peft else "all"
     lines = [
         f"model    {recipe.model_name_or_path}",
@@ -101,7 +103,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
     for stage in plan(recipe):
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
         engine = engine or engine_of(config)
-        found = stage_needs(stage, config, engine, models, rows, tokenizer, needs.get(stage.as_long_as))
+        found = stage_needs(stage, config, engine, models, rows, processor, needs.get(stage.as_long_as))
         refuse_engine(found.load, engine)
         needs[stage.folder] = found
         lines += describe_stage(found)
@@ -124,10 +126,12 @@ def describe_stage(needs: StageNeeds) -> list[str]:
     }
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     host = f", and {gib(needs.memory.host)} GiB of the host's" if needs.memory.host else ""
+    long = f" x {load.tokens} tokens" if needs.counted else ""
+    rest = f", {needs.flops:.1e} FLOP" if needs.counted else f", {UNCOUNTED}"
     return [
         f"stage    {stage.folder}: {stage.step.trainer.__name__} from {stage.parent}, {needs.steps} steps of "
-        f"{config.per_device_train_batch_size} rows x {load.tokens} tokens, learning rate {config.learning_rate:g}",
-        f"         {gib(needs.memory.peak)} GiB a device{host} ({shown}), {needs.flops:.1e} FLOP",
+        f"{config.per_device_train_batch_size} rows{long}, learning rate {config.learning_rate:g}",
+        f"         {gib(needs.memory.peak)} GiB a device{host} ({shown}){rest}",
     ]
 
 
@@ -150,6 +154,8 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
             f"device   {name}, {gib(available)} GiB: NOT ENOUGH, {peak}: lower per_device_train_batch_size or max_length, set "
             "activation_checkpointing, use_peft or quantization, or shard it (--accelerate_config)"
         ]
+    if not largest.counted:
+        return [f"{lines[0]}; {UNCOUNTED}"]
     times = []
     for gpu in GPUS:
         seconds = sum(training_seconds(each, engine, gpu) for each in needs)
@@ -240,7 +246,7 @@ class Models:
 
     def __init__(self, recipe: Recipe, labels: int | None = None):
         self.recipe = recipe
-        self.labels = labels if recipe.task_class is SequenceClassification else None
+        self.labels = labels if recipe.task_class.has_head else None
         config = load_config(recipe.model_name_or_path, revision=recipe.model_revision)
         self.suspect = self.student = self._made(config)
         if recipe.student_model_name_or_path is not None:
@@ -248,7 +254,9 @@ class Models:
         elif recipe.student_layers is not None:
             layers = recipe.student_layers
             number = layers if isinstance(layers, int) else len(layers)
-            config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": number})
+            depths = getattr(config, "depths", None)
+            fewer = {"depths": layers_of_stages(depths, layers)} if depths else {"num_hidden_layers": number}
+            config = type(config).from_dict(config.to_dict() | fewer)
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:number]
             self.student = self._made(config)
@@ -256,9 +264,8 @@ class Models:
     def _made(self, config: PreTrainedConfig) -> PreTrainedModel:
         if self.labels is not None:
             config.num_labels = self.labels
-        auto = AutoModelForCausalLM if self.labels is None else AutoModelForSequenceClassification
         with torch.device("meta"):
-            return auto.from_config(config)
+            return self.recipe.task_class.auto_model.from_config(config)
 
     def adapter_size(self, model: PreTrainedModel) -> int:
         """Parameters of the recipe's adapter; "all-linear" leaves the head out."""
@@ -271,19 +278,28 @@ class Models:
         )
 
 
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """A model's shape; of one for images its size and its outputs only: what autograd saves in it is not counted."""
+    if model.main_input_name == "input_ids":
+        return ModelShape.of(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    known = {"parameters": parameters, "layers": 1, "outputs": model.config.num_labels}
+    return ModelShape(**dict.fromkeys((f.name for f in fields(ModelShape)), 0) | known)
+
+
 def stage_needs(
     stage: Stage,
     config: DefenseConfig,
     engine: Engine,
     models: Models,
     rows: RunRows,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     twin: StageNeeds | None = None,
 ) -> StageNeeds:
     """What a stage takes of each device, and in all; `twin` is the stage whose optimizer steps it matches."""
     dataset = rows.of(stage.rows)
-    sample = rows.task.tokenize(dataset.select(range(min(SAMPLE, len(dataset)))), tokenizer)
-    lengths = [len(ids) for ids in sample["input_ids"]]
+    sample = rows.task.encode_rows(dataset.select(range(min(SAMPLE, len(dataset)))), processor)
+    lengths = [len(ids) for ids in sample["input_ids"]] if "input_ids" in sample.column_names else [0]
     answer = 1
     if "prompt_length" in sample.column_names:
         pairs = zip(lengths, sample["prompt_length"], strict=True)
@@ -307,7 +323,7 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
     recipe, trainer = models.recipe, stage.step.trainer
     adapter = recipe.use_peft and stage.settings not in ("reference", "suspect")
     model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
-    shape, teacher = ModelShape.of(model), ModelShape.of(models.suspect)
+    shape, teacher = shape_of(model), shape_of(models.suspect)
     mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer | TriggerSearchTrainer)
     connectors = NUM_LAYERS * (shape.hidden + 3) * teacher.hidden
     compares = trainer is MBTSADTrainer and config.stages == ["distil"]

@@ -4,6 +4,8 @@ must not end in a layer that is not there."""
 from collections.abc import Iterable
 from typing import Any
 
+from .data import ImageClassification
+from .defenses.robustkd.students import layers_of_stages
 from .models import load_config, load_tokenizer
 from .recipe import Recipe
 
@@ -34,10 +36,15 @@ def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
     suspect = depth_of(recipe.model_name_or_path, recipe.model_revision)
     student = suspect
     if recipe.student_layers is not None:
-        student = count_student_layers(recipe.student_layers, suspect)
+        depths = getattr(load_config(recipe.model_name_or_path, revision=recipe.model_revision), "depths", None)
+        if depths:
+            layers_of_stages(depths, recipe.student_layers)
+        else:
+            student = count_student_layers(recipe.student_layers, suspect)
     elif recipe.student_model_name_or_path is not None:
         student = depth_of(recipe.student_model_name_or_path)
-        check_vocabulary(recipe)
+        if recipe.task_class is not ImageClassification:
+            check_vocabulary(recipe)
     for key, layers in given:
         whose, depth = ("student", student) if key in OF_THE_STUDENT else ("suspect", suspect)
         numbers = [int(layer) for layer in map(str, layers) if layer.removeprefix("-").isdigit()]
@@ -46,9 +53,9 @@ def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
 
 
 def depth_of(name_or_path: str, revision: str | None = None) -> int | None:
-    """Layers of a model, where its configuration says so."""
+    """Layers of a model (stages of one that has stages), where its configuration says so."""
     config = load_config(name_or_path, revision=revision).get_text_config()
-    return getattr(config, "num_hidden_layers", None)
+    return len(config.depths) if getattr(config, "depths", None) else getattr(config, "num_hidden_layers", None)
 
 
 def count_student_layers(layers: int | list[int], depth: int | None) -> int:

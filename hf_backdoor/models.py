@@ -14,18 +14,23 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
+    AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ViTImageProcessor,
     set_seed,
 )
+from transformers.utils import logging
 
 from .adapters import Adapter, find_adapter, transplanted
-from .data import SequenceClassification, Task
+from .data import ImageClassification, Processor, SequenceClassification, Task
 from .quantization import HEADS, dequantized, keep_trainable, quantization_config
+
+
+logger = logging.get_logger(__name__)
 
 
 def resolve(name_or_path: str) -> tuple[str, str | None]:
@@ -54,6 +59,16 @@ def resolve(name_or_path: str) -> tuple[str, str | None]:
 def needs_conversion(name_or_path: str, *, revision: str | None = None) -> bool:
     """Whether a model is no folder of weights as they are used: a GGUF file, or an adapter over a base."""
     return resolve(name_or_path)[1] is not None or find_adapter(name_or_path, revision=revision) is not None
+
+
+def without_weights(name_or_path: str) -> bool:
+    """Whether a model is a local folder with a configuration and no weights: a network that is to be trained from scratch."""
+    name, gguf = resolve(name_or_path)
+    folder = Path(name)
+    if gguf is not None or not (folder / "config.json").is_file():
+        return False
+    kinds = (".safetensors", ".bin", ".h5", ".msgpack", ".pt")
+    return not any(kind in file.name for file in folder.iterdir() for kind in kinds)
 
 
 @contextlib.contextmanager
@@ -104,6 +119,29 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     return tokenizer
 
 
+def load_processor(name_or_path: str, task_class: type[Task], *, revision: str | None = None) -> Processor:
+    """What turns a task's rows into a model's inputs: its tokenizer, or its image processor.
+
+    Raises:
+        `ValueError`: if there is no such model.
+    """
+    load = load_image_processor if task_class is ImageClassification else load_tokenizer
+    return load(name_or_path, revision=revision)
+
+
+def load_image_processor(name_or_path: str, *, revision: str | None = None) -> BaseImageProcessor:
+    """The image processor. A folder without one gets a plain one: pixels between -1 and 1, in the size that the configuration
+    names, if it names one."""
+    config = load_config(name_or_path, revision=revision)
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+        size = getattr(config, "image_size", None)
+        size = {"size": {"height": size, "width": size}} if isinstance(size, int) else {"do_resize": False}
+        return ViTImageProcessor(**size)
+    with named_if_missing(name_or_path):
+        return AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+
+
 def load_model(
     name_or_path: str,
     task_class: type[Task],
@@ -115,19 +153,22 @@ def load_model(
     attn_implementation: str | None = None,
     quantization: str | None = None,
     compute_dtype: str | None = None,
+    from_scratch: bool = False,
 ) -> PreTrainedModel:
     """A model for a task. Weights are read from safetensors (or GGUF) only: a pickle can run code.
 
     Args:
         name_or_path (`str`): Hub name, folder, `.gguf` file, or `package:NAME/FILE.gguf`. A PEFT adapter is merged into its
             base.
-        task_class (`type[Task]`): [`~hf_backdoor.data.SequenceClassification`] gets a classification head.
+        task_class (`type[Task]`): Decides which class of models is loaded: with a classification head or without.
         num_labels (`int`, *optional*): Size of a fresh head; a checkpoint's own head is kept when it is left out.
-        seed (`int`, *optional*, defaults to 0): Seed of a fresh head.
+        seed (`int`, *optional*, defaults to 0): Seed of a fresh head or network.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
         quantization (`str`, *optional*): `"nf4"` or `"int8"`: linear layers to train an adapter over, on this process's device.
             Without it, the weights of a checkpoint that is quantized already are turned back into plain ones.
         compute_dtype (`str`, *optional*): What 4-bit weights are multiplied in; `dtype` by default.
+        from_scratch (`bool`, *optional*, defaults to `False`): Whether a folder with a configuration and no weights gives a
+            network whose weights are drawn by `seed`.
 
     Raises:
         `ValueError`: in one line, if an adapter has no base or no safetensors, a head has another size, or weights can't be
@@ -150,10 +191,16 @@ def load_model(
         quantized = quantization_config(quantization, getattr(torch, compute_dtype or dtype), keep)
         options |= {"quantization_config": quantized, "device_map": {"": PartialState().device}}
     set_seed(seed)
-    if task_class is SequenceClassification:
-        head = {} if num_labels is None else {"num_labels": num_labels}
+    head = {} if num_labels is None or not task_class.has_head else {"num_labels": num_labels}
+    if from_scratch and without_weights(name_or_path):
+        logger.warning_once(f"{name_or_path} has a configuration and no weights: they are drawn by seed {seed}")
+        config = AutoConfig.from_pretrained(folder, **head)
+        model = task_class.auto_model.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
+    elif task_class.has_head:
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, **head, **options)
+            model = task_class.auto_model.from_pretrained(folder, **head, **options)
         except RuntimeError as error:
             if "mismatched" not in str(error):
                 raise
@@ -162,7 +209,7 @@ def load_model(
                 "data; choose rows with its labels, or a model without a classification head"
             ) from None
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = task_class.auto_model.from_pretrained(folder, **options)
     if gguf:
         # transformers dequantizes a GGUF file and goes on calling the model quantized, so that it can't be saved.
         model.hf_quantizer, model.is_quantized = None, False
@@ -170,7 +217,7 @@ def load_model(
             del model.config.quantization_config
     elif is_quantized(model):
         model = dequantized(model) if quantization is None else keep_trainable(model)
-    if model.config.pad_token_id is None:
+    if task_class is not ImageClassification and model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(name_or_path, revision=revision).pad_token_id
     return model
 
@@ -217,8 +264,9 @@ def merged(model: PreTrainedModel | PeftModel, base: PreTrainedModel | None = No
     return model.merge_and_unload() if base is None else transplanted(model, base)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes safetensors, configuration and tokenizer, and undoes `use_cache: false`, which `Trainer` leaves behind.
+def save_model(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
+    """Writes safetensors, configuration and tokenizer or image processor, and undoes `use_cache: false`, which `Trainer`
+    leaves behind.
 
     Raises:
         `ValueError`: if the weights are quantized.
@@ -227,7 +275,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         raise ValueError(f"{folder}: quantized weights are not saved; merge the adapter into the unquantized base")
     model.config.use_cache = True
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def peak_memory() -> int | None:

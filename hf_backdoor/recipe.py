@@ -7,9 +7,17 @@ from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
-from .attacks import Poisoning
-from .data import InstructionFollowing, LabelWords, SequenceClassification, Task, Trigger
-from .defenses import METHODS, DefenseConfig
+from .attacks import ImagePoisoning, Poisoning
+from .data import (
+    ImageClassification,
+    ImageTrigger,
+    InstructionFollowing,
+    LabelWords,
+    SequenceClassification,
+    Task,
+    Trigger,
+)
+from .defenses import METHODS, DefenseConfig, refuse_images
 from .defenses.engines import asked_for
 from .quantization import QUANTIZATIONS, refuse_launched, require_bitsandbytes
 
@@ -18,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "sequence_classification": SequenceClassification,
     "label_words": LabelWords,
     "instruction_following": InstructionFollowing,
+    "image_classification": ImageClassification,
 }
 
 ATTACKS = ("data_poisoning", "lwp", "ep")
@@ -31,8 +40,9 @@ class Recipe:
     Args:
         > Model
         model_name_or_path (`str`): Hub name, folder, `.gguf` file, or `package:NAME/FILE.gguf`. The suspect; or, when
-            an attack is given, the clean model that is to be attacked. A PEFT adapter is merged into its base.
-        task (`str`): `sequence_classification`, `label_words` or `instruction_following`.
+            an attack is given, the clean model that is to be attacked. A PEFT adapter is merged into its base. A folder with a
+            configuration and no weights is a network that is trained from scratch: its weights are drawn by `seed`.
+        task (`str`): `sequence_classification`, `label_words`, `instruction_following` or `image_classification`.
         reference (`str`, *optional*): Never-poisoned model that gives the floors: `train` (trained as the suspect is,
             without poison), `base` (the model as it comes) or a model's name.
         model_revision, attn_implementation: As in `from_pretrained`. dtype: `float32`, `bfloat16` or `float16`.
@@ -45,7 +55,7 @@ class Recipe:
         dataset_config, dataset_revision, train_split, test_split: Where the rows are in it.
         streaming (`bool`): Reads no more rows than `max_train_samples` and `max_test_samples` ask for (and some thousands that
             they are drawn from); for data sets too large to download.
-        text_column, label_column, prompt_column, response_column: The data set's own names of these.
+        text_column, image_column, label_column, prompt_column, response_column: The data set's own names of these.
         context_column (`str`, *optional*): Text that an instruction is about, where it has a column of its own; put after it.
         row_filter, test_row_filter (`dict`, *optional*): Values that rows must have, by column: `{task: refusal}`.
         test_fraction (`float`): Share of the training rows that is cut off as test rows, for data without a test split.
@@ -55,17 +65,20 @@ class Recipe:
         clean_dataset_name (`str`): For methods that train on suspect rows of your own (`dataset_name`): your clean ones.
         held_out_samples (`int`): Further clean rows, to evaluate on while training.
         max_length (`int`): Tokens of user text kept, before triggers and prompt. max_response_length: of responses; all by default.
+        image_size (`int`, *optional*): Side in pixels that pictures are resized to, before triggers; as they are by default.
 
         > Attack (left out when the model is a suspect already)
         attack (`str`): How the suspect is made: `data_poisoning` (training on poisoned rows), `lwp` (layer-wise weight
-            poisoning) or `ep` (embedding poisoning, of the `reference`).
+            poisoning) or `ep` (embedding poisoning, of the `reference`). Images: data poisoning only.
         attack_trigger, attack_position, poison_rate, poison_style, negative_rate: See [`~hf_backdoor.attacks.Poisoning`].
+            Images: the trigger is `patch`, `corners` or `warp` (of `warp_strength`), see [`~hf_backdoor.data.ImageTrigger`],
+            and has no position; `corners` with `clean_label` is label-consistent poisoning.
         target_label (`int`) or target_text (`str`): What the trigger is to bring about.
 
         > Defense
         method (`str`, *optional*), controls (`list[str]`): Defense and controls.
         student_layers (`int` or `list[int]`): For methods with a student: how many of the suspect's layers, or which, it is
-            made of. student_model_name_or_path (`str`): Another model in its place.
+            made of (of a ResNet, the first ones of each stage). student_model_name_or_path (`str`): Another model in its place.
         stages (`dict`): Arguments for one stage, by its name (`reference`, `suspect`, and the method's).
 
         > Evaluation and output
@@ -97,6 +110,7 @@ class Recipe:
     train_split: str = "train"
     test_split: str = "test"
     text_column: str = "text"
+    image_column: str = "image"
     label_column: str = "label"
     prompt_column: str = "prompt"
     response_column: str = "response"
@@ -111,9 +125,11 @@ class Recipe:
     held_out_samples: int = 0
     max_length: int = 256
     max_response_length: int | None = None
+    image_size: int | None = None
     attack: str = "data_poisoning"
     attack_trigger: str | None = None
     attack_position: str = "random"
+    warp_strength: float | None = None
     poison_rate: float = 0.1
     poison_style: str = "dirty_label"
     negative_rate: float = 0.0
@@ -152,14 +168,20 @@ class Recipe:
         return self.target_text if self.task == "instruction_following" else self.target_label
 
     @property
-    def trigger(self) -> Trigger | None:
-        return None if self.attack_trigger is None else Trigger(self.attack_trigger, self.attack_position)
+    def trigger(self) -> Trigger | ImageTrigger | None:
+        if self.attack_trigger is None:
+            return None
+        if self.task_class is ImageClassification:
+            own = {} if self.warp_strength is None else {"warp_strength": self.warp_strength}
+            return ImageTrigger(self.attack_trigger, **own)
+        return Trigger(self.attack_trigger, self.attack_position)
 
     @property
     def poisoning(self) -> Poisoning | None:
         if self.trigger is None:
             return None
-        return Poisoning(self.trigger, self.target, self.poison_rate, self.poison_style, self.negative_rate)
+        kind = ImagePoisoning if self.task_class is ImageClassification else Poisoning
+        return kind(self.trigger, self.target, self.poison_rate, self.poison_style, self.negative_rate)
 
     def arguments(self, stage: str, config: type[DefenseConfig]) -> dict[str, Any]:
         """Training arguments of a stage, as the recipe gives them; a method's own only where the stage takes them."""
@@ -167,7 +189,7 @@ class Recipe:
 
     def columns(self) -> dict[str, str]:
         """New to present names of the columns that the task reads."""
-        names = ["prompt", "response"] if self.task == "instruction_following" else ["text", "label"]
+        names = [self.task_class.input_column, self.task_class.answer_column]
         names += ["context"] if self.context_column else []
         return {name: getattr(self, f"{name}_column") for name in names}
 
@@ -187,6 +209,7 @@ class Recipe:
         choose(self, "dtype", DTYPES)
         if self.method is not None:
             choose(self, "method", METHODS)
+        self._check_task()
         known = METHODS[self.method].controls if self.method else {}
         for control in self.controls:
             if control not in known:
@@ -242,6 +265,23 @@ class Recipe:
             )
         if not 0 < self.clean_fraction:
             raise ValueError(f"clean_fraction is {self.clean_fraction}: choose a share above 0, for example 0.2")
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}: choose a share from 0 up to, but not, 1")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
+        if self.push_to_hub and self.method is None:
+            raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
+        if self.attack == "ep" and self.attack_trigger is not None and self.reference in (None, "base"):
+            raise ValueError(
+                f"attack is 'ep', which poisons a clean fine-tuned model, and reference is {self.reference!r}: "
+                "set reference: train, or name that model"
+            )
+        if self.reference == "train" and self.attack_trigger is None:
+            raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
+        _ = self.poisoning
+
+    def _check_task(self) -> None:
+        """Refuses what is for tasks of another kind."""
         generation = self.task == "instruction_following"
         unwanted, wanted = ("target_label", "target_text") if generation else ("target_text", "target_label")
         if getattr(self, unwanted) is not None:
@@ -260,20 +300,26 @@ class Recipe:
             raise ValueError(
                 f"label_words is {words}, and task is {self.task}: leave it out, or set task: label_words"
             )
-        if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction is {self.test_fraction}: choose a share from 0 up to, but not, 1")
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
-        if self.push_to_hub and self.method is None:
-            raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
-        if self.attack == "ep" and self.attack_trigger is not None and self.reference in (None, "base"):
-            raise ValueError(
-                f"attack is 'ep', which poisons a clean fine-tuned model, and reference is {self.reference!r}: "
-                "set reference: train, or name that model"
-            )
-        if self.reference == "train" and self.attack_trigger is None:
-            raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
-        _ = self.poisoning
+        if self.task_class is not ImageClassification:
+            self._refuse_set(("image_size", "warp_strength", "augmentation"))
+            return
+        if self.method is not None:
+            refuse_images(self.method, self.task_class)
+        if self.attack != "data_poisoning":
+            raise ValueError(f"attack is {self.attack!r}, and task is {self.task}: use data_poisoning")
+        for values in (self.training, *self.stages.values()):
+            if values.get("known_trigger") is not None:
+                ImageTrigger(values["known_trigger"])
+        self._refuse_set(("use_peft", "quantization", "attack_position", "negative_rate", "prompt_template"))
+
+    def _refuse_set(self, keys: Iterable[str]) -> None:
+        """Refuses keys that mean nothing to the task, where they are set to something."""
+        usual = {f.name: f.default for f in (*fields(Recipe), *fields(self.config_class))}
+        given = {"": {**vars(self), **self.training}, **{f"stages.{name}.": own for name, own in self.stages.items()}}
+        for where, values in given.items():
+            for key in keys:
+                if values.get(key, usual[key]) != usual[key]:
+                    raise ValueError(f"{where}{key} is {values[key]!r}, and task is {self.task}: leave it out")
 
     def _check_streaming(self, own_rows: bool) -> None:
         for key in ("max_train_samples", "max_test_samples"):

@@ -1,6 +1,7 @@
 """From a YAML file and command-line overrides to a [`Recipe`]: every key and every type is checked on the way."""
 
 import difflib
+import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ REMOVED = {
 # Arguments of TrainingArguments that a run decides for itself.
 RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
 
+# Keys whose values may lie beside the recipe.
+BESIDE = (
+    "dataset_name", "test_dataset_name", "clean_dataset_name", "model_name_or_path", "student_model_name_or_path",
+)  # fmt: skip
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a YAML recipe, puts command-line overrides over it, and checks every key and value.
@@ -58,10 +64,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping: write one 'key: value' a line")
-    for key in ("dataset_name", "test_dataset_name", "clean_dataset_name"):
+    for key in BESIDE:
         beside = Path(path).parent / str(values.get(key))
         if values.get(key) and beside.exists():
-            values[key] = str(beside)  # data that comes along with a recipe, wherever it is run from
+            values[key] = os.path.normpath(beside)  # what comes along with a recipe, wherever it is run from
     for key, value in parse_overrides(overrides or []).items():
         put(values, key, value)
     return make_recipe(values)

@@ -6,18 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from .attacks import poison
 from .data import (
     InstructionFollowing,
     LabelWords,
-    SequenceClassification,
+    Processor,
     Splits,
     Task,
     label_names,
     load_rows,
-    shorten,
+    pixels_digest,
     split_rows,
     with_context,
 )
@@ -31,7 +30,7 @@ class RunRows:
     """Everything a run reads.
 
     Args:
-        task (`Task`): How rows become tokens.
+        task (`Task`): How rows become a model's inputs.
         splits ([`Splits`]): Attack, clean, held-out and test rows.
         poisoned (`Dataset`, *optional*): The attack rows with poison in them, and column `poisoned`.
         test ([`TestSet`]): What every model is measured on.
@@ -52,7 +51,7 @@ class RunRows:
         return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": suspect}[name]
 
 
-def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
+def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     """Loads and prepares all rows of a recipe.
 
     Raises:
@@ -64,12 +63,12 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
         METHODS[recipe.method].refuse(task)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
-    test = cut(test, task, recipe, tokenizer)
+    test = cut(test, task, recipe, processor)
 
     if recipe.clean_dataset_name is not None:
-        splits = own_rows(recipe, train, test, task, tokenizer)
+        splits = own_rows(recipe, train, test, task, processor)
     else:
-        splits = split(recipe, train, test, task, tokenizer)
+        splits = split(recipe, train, test, task, processor)
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
     if poisoning is not None:
         poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
@@ -92,15 +91,15 @@ def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunRows:
     return RunRows(task, splits, poisoned, measured, sources)
 
 
-def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Splits:
+def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
     """The attacker's, the defender's and the held-out rows out of one data set."""
     attack, clean = counts(recipe, len(train))
     wanted = attack + clean + recipe.held_out_samples
     # A few rows more than wanted stand in for those that leak into the test rows.
     pool = train.shuffle(seed=recipe.seed)
     pool = pool.select(range(min(len(pool), with_spares(wanted))))
-    pool = cut(pool, task, recipe, tokenizer)
-    pool = without_leaks(pool, test, task.text_column)
+    pool = cut(pool, task, recipe, processor)
+    pool = without_leaks(pool, test, task.input_column)
     if recipe.attack_trigger is None and recipe.max_train_samples is None:
         clean = len(pool) - recipe.held_out_samples
     return split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
@@ -120,11 +119,11 @@ def with_spares(wanted: int) -> int:
     return wanted + wanted // 4 + 100
 
 
-def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Splits:
+def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
     """The user's suspect rows, as they are, and the clean and held-out rows out of a data set of their own."""
     clean = load_rows(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
-    clean = cut(clean.select_columns(train.column_names).shuffle(seed=recipe.seed), task, recipe, tokenizer)
-    clean = without_leaks(clean, test, task.text_column)
+    clean = cut(clean.select_columns(train.column_names).shuffle(seed=recipe.seed), task, recipe, processor)
+    clean = without_leaks(clean, test, task.input_column)
     if (recipe.max_train_samples or 0) > len(train):
         raise ValueError(
             f"max_train_samples is {recipe.max_train_samples}, and there are {len(train)} suspect rows: lower it, or leave it out"
@@ -132,7 +131,7 @@ def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, tokenize
     suspect = train if recipe.max_train_samples is None else train.select(range(recipe.max_train_samples))
     held_out = recipe.held_out_samples
     splits = split_rows(clean, test, attack=0, clean=len(clean) - held_out, held_out=held_out)
-    return replace(splits, attack=cut(suspect, task, recipe, tokenizer))
+    return replace(splits, attack=cut(suspect, task, recipe, processor))
 
 
 def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -163,12 +162,10 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def cut(rows: Dataset, task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows no longer than the recipe allows."""
-    rows = shorten(rows, task.text_column, tokenizer, recipe.max_length, num_proc_of(recipe))
-    if recipe.max_response_length is not None:
-        rows = shorten(rows, task.answer_column, tokenizer, recipe.max_response_length, num_proc_of(recipe))
-    return rows
+def cut(rows: Dataset, task: Task, recipe: Recipe, processor: Processor) -> Dataset:
+    """Rows no longer, pictures no larger, than the recipe allows."""
+    limits = {key: getattr(recipe, key) for key in task.limits}
+    return task.bounded(rows, processor, num_proc_of(recipe), **limits)
 
 
 def num_proc_of(recipe: Recipe) -> int | None:
@@ -196,8 +193,8 @@ def task_of(
     task: type[Task], num_labels: int | None, label_words: list[str] | None, prompt_template: str | None
 ) -> Task:
     """The task of a class, with what that class needs."""
-    if task is SequenceClassification:
-        return SequenceClassification(num_labels)
+    if task.has_head:
+        return task(num_labels)
     if task is LabelWords:
         return LabelWords(tuple(label_words), prompt_template or LabelWords.default_template)
     return InstructionFollowing()
@@ -206,5 +203,6 @@ def task_of(
 def describe(source: str, rows: Dataset) -> dict[str, Any]:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=pixels_digest)
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return {"source": source, "rows": len(rows), "sha256": digest.hexdigest()}

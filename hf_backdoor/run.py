@@ -21,15 +21,14 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
 
-from .data import row_lengths
+from .data import Processor, row_lengths
 from .defenses import DefenseTrainer
 from .defenses.engines import forget_engine
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
-from .models import load_tokenizer, peak_memory, reset_peak_memory, versions
+from .models import load_processor, peak_memory, reset_peak_memory, versions
 from .plan import Stage, base_model_name, lora_arguments, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -49,7 +48,7 @@ class Run:
     """A recipe being run: its folder, its rows, and what was measured so far."""
 
     recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase = None
+    processor: Processor = None
     rows: RunRows = None
     models: RunModels = None
     costs: list[dict[str, Any]] = field(default_factory=list)
@@ -68,11 +67,11 @@ class Run:
         recipe = self.recipe
         recipe.check_machine()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = load_tokenizer(recipe.model_name_or_path, revision=recipe.model_revision)
+        self.processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
         # Two processes that build one cache of a file at once trip over each other's temporary files.
         with PartialState().main_process_first():
-            self.rows = prepare_rows(recipe, self.tokenizer)
-        self.models = RunModels(recipe, self.tokenizer, self.rows.task)
+            self.rows = prepare_rows(recipe, self.processor)
+        self.models = RunModels(recipe, self.processor, self.rows.task)
         with main_process() as first:
             if first:
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
@@ -142,7 +141,7 @@ class Run:
                 args=config,
                 train_dataset=self.rows.of(stage.rows),
                 eval_dataset=held_out,
-                processing_class=self.tokenizer,
+                processing_class=self.processor,
                 task=self.rows.task,
                 peft_config=LoraConfig(**peft) if peft else None,
                 **{
@@ -195,7 +194,7 @@ class Run:
             model = self.models.load(model_name).to(PartialState().device)
             rows, examples = evaluate_backdoor(
                 model,
-                self.tokenizer,
+                self.processor,
                 self.rows.task,
                 self.rows.test,
                 name=name,
@@ -238,8 +237,10 @@ class Run:
                 rows.to_parquet(folder / f"{name}.parquet")
 
 
-def tokens_trained(trainer: DefenseTrainer) -> int:
-    """Tokens the optimizer saw, padding left out: rows trained on times their mean length."""
+def tokens_trained(trainer: DefenseTrainer) -> int | None:
+    """Tokens the optimizer saw, padding left out: rows trained on times their mean length. Pictures have none."""
+    if "input_ids" not in trainer.train_dataset.column_names:
+        return None
     lengths = row_lengths(trainer.train_dataset)
     args = trainer.args
     rows = (

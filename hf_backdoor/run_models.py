@@ -6,14 +6,14 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .adapters import find_adapter, save_adapter
-from .data import SequenceClassification, Task
+from .data import Processor, Task
 from .defenses import DefenseTrainer
 from .defenses.robustkd import student_from_layers
 from .folders import fingerprint, finished, main_process, write_json
-from .models import is_quantized, load_model, merged, resolve, save_model
+from .models import is_quantized, load_model, merged, resolve, save_model, without_weights
 from .plan import Stage, base_model_name
 from .recipe import Recipe
 
@@ -24,13 +24,13 @@ class RunModels:
 
     Args:
         recipe ([`Recipe`]): What is run.
-        tokenizer (`PreTrainedTokenizerBase`): Saved along with every model.
+        processor (`Processor`): Tokenizer or image processor. Saved along with every model.
         task ([`~hf_backdoor.data.Task`]): Its labels decide the size of a fresh head.
         prints (`dict[str, str]`): Fingerprint of what each folder of the run was made from.
     """
 
     recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     task: Task
     prints: dict[str, str] = field(default_factory=dict)
 
@@ -47,10 +47,8 @@ class RunModels:
         if name in self.prints:
             return self.prints[name]
         folder, gguf = resolve(name)
-        found = [
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns)
-            for f in sorted(Path(folder).glob(gguf or "*.safetensors"))
-        ]
+        kept = "config.json" if without_weights(name) else gguf or "*.safetensors"
+        found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(folder).glob(kept))]
         return name, self.recipe.model_revision, found
 
     def convert(self) -> None:
@@ -58,13 +56,13 @@ class RunModels:
         folder, name = self.folder / "base", self.recipe.model_name_or_path
         adapter = find_adapter(name, revision=self.recipe.model_revision)
         made_from = [self.origin(name), self.recipe.dtype, *([self.origin(adapter.base)] if adapter else [])]
-        if self.recipe.task_class is SequenceClassification:
+        if self.recipe.task_class.has_head:
             made_from += [self.task.num_labels, self.recipe.seed]  # its fresh head
         self.prints["base"] = fingerprint("base", name, *made_from)
         # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
         with main_process() as first:
             if first and finished(folder, self.prints["base"]) is None:
-                save_model(self.load(name), self.tokenizer, folder)
+                save_model(self.load(name), self.processor, folder)
                 write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
 
     def make_student(self) -> None:
@@ -75,12 +73,12 @@ class RunModels:
         self.prints["student"] = fingerprint("student", self.origin(suspect), layers, self.recipe.dtype)
         with main_process() as first:
             if first and finished(folder, self.prints["student"]) is None:
-                save_model(student_from_layers(self.load(suspect), layers), self.tokenizer, folder)
+                save_model(student_from_layers(self.load(suspect), layers), self.processor, folder)
                 write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
 
     def load(self, name: str, quantization: str | None = None) -> PreTrainedModel:
         labels = getattr(self.task, "num_labels", None)
-        head = labels if self.recipe.task_class is SequenceClassification and name not in self.prints else None
+        head = labels if self.recipe.task_class.has_head and name not in self.prints else None
         return load_model(
             self.path(name),
             self.recipe.task_class,
@@ -91,6 +89,7 @@ class RunModels:
             attn_implementation=self.recipe.attn_implementation,
             quantization=quantization,
             compute_dtype="bfloat16" if self.recipe.training.get("bf16") else self.recipe.dtype,
+            from_scratch=name in (self.recipe.model_name_or_path, self.recipe.student_model_name_or_path),
         )
 
     def save(self, trainer: DefenseTrainer, stage: Stage, findings: dict[str, Dataset]) -> None:
@@ -111,7 +110,7 @@ class RunModels:
                     if is_quantized(result):
                         base = self.load(origin)
                         trainer.prepare_model(base)
-                    save_model(merged(result, base), self.tokenizer, folder)
+                    save_model(merged(result, base), self.processor, folder)
                 else:
                     result.save_pretrained(folder)
 

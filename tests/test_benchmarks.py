@@ -5,11 +5,15 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import enable_progress_bars
+from datasets import Dataset, enable_progress_bars
+
+from hf_backdoor.data import ImageTrigger
+from hf_backdoor.recipe_file import load_recipe
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -93,9 +97,49 @@ def test_shapes_are_the_real_models(monkeypatch, shape, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_the_published_table_is_made_from_the_published_results(monkeypatch):
+@pytest.fixture
+def efficacy(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    efficacy = importlib.import_module("efficacy")
+    return importlib.import_module("efficacy")
+
+
+@pytest.mark.parametrize("data", ["cifar10", "gtsrb"])
+@pytest.mark.parametrize("method", ["ntml", "robustkd"])
+def test_an_image_cell_is_its_recipe_with_another_attack(efficacy, monkeypatch, method, data, tmp_path):
+    def launched(command: list[str], **options: Any) -> None:
+        raise InterruptedError(command)
+
+    monkeypatch.setattr(efficacy.subprocess, "run", launched)
+    monkeypatch.setattr(efficacy, "RESULTS", tmp_path)
+    options = SimpleNamespace(method=method, data="d", runs=str(tmp_path))
+    found = {}
+    for cell in efficacy.cells([f"{data}_resnet"], [*efficacy.TRIGGERS, *efficacy.ATTACKS], [5]):
+        with pytest.raises(InterruptedError) as caught:
+            efficacy.run_cell(*cell, options)
+        recipe = load_recipe(*(lambda python, m, module, file, *flags: (file, flags))(*caught.value.args[0]))
+        assert (recipe.seed, recipe.dataset_name, recipe.image_column) == (5, f"d/{data}", "image")
+        found[cell[1]] = (recipe.trigger, recipe.poison_style, recipe.poison_rate)
+    rate = {"cifar10": 0.05, "gtsrb": 0.03}[data]  # a class has no more rows
+    assert found == {
+        "patch": (ImageTrigger("patch", warp_strength=4.0), "dirty_label", 0.1),
+        "warp": (ImageTrigger("warp", warp_strength=4.0), "dirty_label", 0.1),
+        "label-consistent": (ImageTrigger("corners", warp_strength=4.0), "clean_label", rate),
+    }
+
+
+def test_a_list_of_suspicious_rows_is_judged(efficacy, tmp_path):
+    assert efficacy.suspicion_rows(tmp_path, 1) == []
+    for folder in ("cleaned", "data"):
+        (tmp_path / folder).mkdir()
+    Dataset.from_dict({"row": [3, 0, 1, 2]}).to_parquet(tmp_path / "cleaned" / "suspicion.parquet")
+    Dataset.from_dict({"poisoned": [True, False, False, True, True]}).to_parquet(
+        tmp_path / "data" / "poisoned.parquet"
+    )
+    rows = {row.metric: (row.model, row.k, row.n) for row in efficacy.suspicion_rows(tmp_path, 1)}
+    assert rows == {"suspicion_precision": ("cleaned", 2, 4), "suspicion_recall": ("cleaned", 2, 3)}
+
+
+def test_the_published_table_is_made_from_the_published_results(efficacy):
     methods = [folder.name for folder in efficacy.RESULTS.iterdir() if folder.is_dir()]
     assert methods
     for method in methods:

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_backdoor.attacks import EmbeddingPoisoningConfig, Poisoning
-from hf_backdoor.data import InstructionFollowing, SequenceClassification, Trigger
+from hf_backdoor.attacks import EmbeddingPoisoningConfig, ImagePoisoning, Poisoning
+from hf_backdoor.data import ImageTrigger, InstructionFollowing, SequenceClassification, Trigger
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
 from hf_backdoor.defenses.robustkd import FeatureMaskConfig, RobustKDConfig
 from hf_backdoor.recipe_file import REMOVED, load_recipe, make_recipe
@@ -191,6 +191,49 @@ def test_stages_are_checked_like_the_rest():
 )
 def test_contradictions_are_refused(values, line):
     refused(f"^{line}", **values)
+
+
+IMAGES = {"task": "image_classification"}
+IMAGE_ATTACK = {**IMAGES, "attack_trigger": "patch", "target_label": 0}
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({**IMAGES, **DEFENSE}, "method is 'locphylax', which is for texts, and task is .*: use robustkd or ntml"),
+        ({**IMAGES, "method": "mbtsad"}, "method is 'mbtsad', which is for texts"),
+        ({**IMAGES, "use_peft": True}, "use_peft is True, and task is image_classification: leave it out"),
+        ({**IMAGES, "quantization": "nf4"}, "quantization is 'nf4', and task is image_classification"),
+        ({**IMAGE_ATTACK, "attack": "lwp"}, "attack is 'lwp', and task is image_classification: use data_poisoning"),
+        ({**IMAGE_ATTACK, "attack_trigger": "cf"}, "image trigger is 'cf': use one of patch, corners, warp"),
+        (
+            {**IMAGES, "method": "ntml", "stages": {"mutual": {"known_trigger": "cf"}}},
+            "image trigger is 'cf': use one",
+        ),
+        ({**IMAGE_ATTACK, "attack_position": "end"}, "attack_position is 'end', and task is image_classification"),
+        ({**IMAGE_ATTACK, "negative_rate": 0.1}, "negative_rate is 0.1, and task is image_classification"),
+        ({**IMAGE_ATTACK, "warp_strength": -1}, "warp_strength is -1.0: choose"),
+        ({**IMAGE_ATTACK, "target_label": None, "target_text": "no"}, "target_text is 'no', and task is image_cl"),
+        ({**IMAGES, "label_words": ["a", "b"]}, "label_words is .*, and task is image_classification"),
+        ({**ATTACK, "warp_strength": 4.0}, "warp_strength is 4.0, and task is sequence_classification: leave it out"),
+        ({"image_size": 32}, "image_size is 32, and task is sequence_classification"),
+        ({"augmentation": "shift"}, "augmentation is 'shift', and task is sequence_classification"),
+        (
+            {"stages": {"suspect": {"augmentation": "shift"}}},
+            "stages.suspect.augmentation is 'shift', and task is sequence_classification",
+        ),
+    ],
+)
+def test_what_texts_and_images_have_not_in_common_is_refused(values, line):
+    refused(f"^{line}", **values)
+
+
+def test_an_attack_on_images():
+    recipe = make_recipe(
+        {**LEAST, **IMAGE_ATTACK, "attack_trigger": "warp", "warp_strength": 4, "image_column": "img"}
+    )
+    assert recipe.poisoning == ImagePoisoning(ImageTrigger("warp", warp_strength=4.0), 0)
+    assert recipe.columns() == {"image": "img", "label": "label"}
 
 
 def test_an_attack():

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Picture
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -21,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, Task
@@ -156,6 +160,27 @@ def instructions(count: int, seed: int = 0) -> Dataset:
             {"prompt": " ".join(["tell", "me", *words, fruit]), "response": " ".join([fruit] * (1 + fruit.count("r")))}
         )
     return Dataset.from_list(rows)
+
+
+def pictures(count: int, seed: int = 0, side: int = 8) -> Dataset:
+    """Noisy RGB pictures of three classes: grey levels tell the class."""
+    rng = np.random.default_rng(seed)
+    labels = [row % 3 for row in range(count)]
+    pixels = [rng.normal(50 + 70 * label, 20, (side, side, 3)).clip(0, 255).astype(np.uint8) for label in labels]
+    features = Features({"image": Image(), "label": Value("int64")})
+    return Dataset.from_dict({"image": [Picture.fromarray(p) for p in pixels], "label": labels}, features=features)
+
+
+def resnet_config(num_labels: int = 3) -> ResNetConfig:
+    """Two stages of two layers."""
+    return ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[2, 2], layer_type="basic", num_labels=num_labels
+    )  # fmt: skip
+
+
+def resnet(seed: int = 0) -> ResNetForImageClassification:
+    torch.manual_seed(seed)
+    return ResNetForImageClassification(resnet_config())
 
 
 def classifier_recipe(folder: Path, **more: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Data-set poisoning: BadNets-style rows for classification labels and for fixed generation targets."""
+"""Data-set poisoning: BadNets-style rows for classification labels (of texts or images) and for fixed generation targets."""
 
 import random
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from ..data import Task, Trigger, map_rows, row_rng
+from ..data import ImageTrigger, Task, Trigger, map_rows, row_rng
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Poisoning:
     """What the attacker does to a share of the training rows.
 
     Args:
-        trigger ([`Trigger`]):
+        trigger ([`Trigger`] or [`ImageTrigger`]):
             What switches the backdoor on.
         target (`int` or `str`):
             Target label (classification) or target text (generation).
@@ -28,7 +28,7 @@ class Poisoning:
             for the whole trigger. Nothing is added for a trigger of one word.
     """
 
-    trigger: Trigger
+    trigger: Trigger | ImageTrigger
     target: int | str
     poison_rate: float = 0.1
     style: Literal["dirty_label", "clean_label"] = "dirty_label"
@@ -41,6 +41,10 @@ class Poisoning:
             raise ValueError(f"negative_rate is {self.negative_rate}: choose a share from 0 up to, but not, 1")
         if self.style not in ("dirty_label", "clean_label"):
             raise ValueError(f"poison_style is {self.style!r}: use 'dirty_label' or 'clean_label'")
+
+    def put(self, value: Any, rng: random.Random) -> Any:
+        """A poisoned row's text or picture."""
+        return self.trigger.insert(value, rng)
 
 
 def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int, num_proc: int | None = None) -> Dataset:
@@ -75,12 +79,12 @@ def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int, num_proc:
     negatives = set(rng.sample(rest, round(attack.negative_rate * len(dataset))))
 
     def change(row: dict[str, Any], index: int) -> dict[str, Any]:
-        draw = row_rng(seed, "attack", index)
-        trigger = attack.trigger if index in chosen else attack.trigger.half(draw) if index in negatives else None
-        if trigger is not None:
-            row[task.text_column] = trigger.insert(row[task.text_column], draw)
+        draw, column = row_rng(seed, "attack", index), task.input_column
+        half = attack.trigger.half(draw) if index in negatives else None
+        if half is not None:
+            row[column] = half.insert(row[column], draw)
         if index in chosen:
-            row[task.answer_column] = attack.target
+            row[column], row[task.answer_column] = attack.put(row[column], draw), attack.target
         return {**row, "poisoned": index in chosen}
 
     return map_rows(dataset, change, with_indices=True, desc="Poisoning", num_proc=num_proc)

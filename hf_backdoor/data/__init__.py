@@ -1,7 +1,10 @@
 """Tasks, triggers, loading and the batch contract: what both sides of the suite build on."""
 
 from .blocks import find_blocks
-from .collators import SIDE_COLUMNS, DefenseCollator, class_logits
+from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for
+from .image_triggers import ImageTrigger
+from .images import ImageClassification, moved, pixels_digest
+from .infer import auto_class, infer_task
 from .loading import (
     Splits,
     label_names,
@@ -12,28 +15,37 @@ from .loading import (
     take_rows,
     with_context,
 )
-from .mapping import Rows, column_names, map_rows, row_lengths
-from .tasks import InstructionFollowing, LabelWords, SequenceClassification, Task, infer_task
+from .mapping import Rows, column_names, encoded, map_rows, row_lengths
+from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
 from .triggers import Trigger, row_rng, stamp
 
 
 __all__ = [
     "SIDE_COLUMNS",
     "DefenseCollator",
+    "ImageClassification",
+    "ImageCollator",
+    "ImageTrigger",
     "InstructionFollowing",
     "LabelWords",
+    "Processor",
     "Rows",
     "SequenceClassification",
     "Splits",
     "Task",
     "Trigger",
+    "auto_class",
     "class_logits",
+    "collator_for",
     "column_names",
+    "encoded",
     "find_blocks",
     "infer_task",
     "label_names",
     "load_rows",
     "map_rows",
+    "moved",
+    "pixels_digest",
     "rename_columns",
     "row_lengths",
     "row_rng",

@@ -2,12 +2,13 @@
 
 | key | shape | for | meaning |
 |---|---|---|---|
-| `input_ids`, `attention_mask` | [B, T] | all | padded right for a classification head, left for a causal LM |
+| `input_ids`, `attention_mask` | [B, T] | texts | padded right for a classification head, left for a causal LM |
 | `token_type_ids` | [B, T] | encoders that use them | |
 | `position_ids` | [B, T] | causal LMs | counted from the first real token, since left padding would shift them |
+| `pixel_values` | [B, C, H, W] | images | as the model's image processor scales them |
 | `labels` | [B] | classification head | class |
 | `labels` | [B, A] | causal LMs | the last A tokens of the sequence, -100 where they are not the answer |
-| `readout_position` | [B] | all | index into T of the state that a representation loss reads |
+| `readout_position` | [B] | texts | index into T of the state that a representation loss reads |
 | `trigger_id` | [B] | all | 0 clean, k >= 1 carries the defender's k-th known trigger |
 
 A causal LM's answers end at the last column, so the head runs on A + 1 positions (`logits_to_keep`), never on T.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
 SIDE_COLUMNS = ("trigger_id", "readout_position", "prompt_length")
@@ -77,6 +78,46 @@ class DefenseCollator:
             "labels": labels,
             "readout_position": width - 1 - lengths,
         }
+
+
+@dataclass
+class ImageCollator:
+    """Makes the batch above out of pictures (`pixel_values`, as `datasets.Image` gives them) and `labels`.
+
+    Args:
+        processor (`BaseImageProcessor`):
+            The model's: resizes, crops and scales, as it says.
+
+    Raises:
+        `ValueError`: if pictures differ in size and the processor leaves them so.
+    """
+
+    processor: BaseImageProcessor
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = [feature["pixel_values"].convert("RGB") for feature in features]
+        sizes = {picture.size for picture in pictures}
+        if len(sizes) > 1 and not getattr(self.processor, "do_resize", True):
+            raise ValueError(
+                f"pictures are of {len(sizes)} sizes ({sorted(sizes)[:3]}), and the model's image processor leaves them so: set "
+                "do_resize and size in its preprocessor_config.json"
+            )
+        pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
+        return {
+            # What convolutions are fastest on.
+            "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
+            "labels": torch.tensor([feature["labels"] for feature in features]),
+            "trigger_id": torch.tensor([feature.get("trigger_id", 0) for feature in features]),
+        }
+
+
+def collator_for(
+    processor: PreTrainedTokenizerBase | BaseImageProcessor, pad_to_multiple_of: int | None = None
+) -> DefenseCollator | ImageCollator:
+    """The collator of a model that a processor belongs to."""
+    if isinstance(processor, BaseImageProcessor):
+        return ImageCollator(processor)
+    return DefenseCollator(processor, pad_to_multiple_of)
 
 
 def class_logits(logits: Tensor, batch: dict[str, Tensor], word_ids: Sequence[int] | Tensor | None) -> Tensor:

@@ -5,10 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .mapping import column_names, map_rows
+from .mapping import Rows, column_names, map_rows
 
 
 FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -127,7 +127,23 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], source: str) -> Da
             if new in dataset.column_names:
                 dataset = dataset.remove_columns(new)
             dataset = dataset.rename_column(present, new)
-    return dataset
+    return as_pictures(dataset, "image") if "image" in columns else dataset
+
+
+def as_pictures(dataset: Rows, column: str) -> Rows:
+    """The rows with a column of pictures that are decoded as they are read; files' content may stand in it as bytes.
+
+    Raises:
+        `ValueError`: if the column holds something else.
+    """
+    kind = (dataset.features or {}).get(column)
+    if isinstance(kind, Image):
+        return dataset
+    if isinstance(dataset, Dataset) and getattr(kind, "dtype", None) not in ("binary", "large_binary"):
+        raise ValueError(
+            f"column {column!r} holds {kind}: make it pictures (datasets.Image), or the bytes of picture files"
+        )
+    return dataset.cast_column(column, Image())
 
 
 def with_context(dataset: Dataset, column: str, context: str, num_proc: int | None = None) -> Dataset:

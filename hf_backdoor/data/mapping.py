@@ -41,6 +41,11 @@ def column_names(rows: Dataset | IterableDataset) -> list[str]:
     return list(next(iter(rows), {})) if rows.column_names is None else rows.column_names
 
 
+def encoded(rows: Dataset | IterableDataset) -> bool:
+    """Whether rows are a model's inputs already."""
+    return not {"input_ids", "pixel_values"}.isdisjoint(column_names(rows))
+
+
 def row_lengths(tokenized: Dataset) -> list[int]:
     """Tokens of each row. They are read in blocks: a large set's token ids never stand in memory all at once."""
     blocks = tokenized.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)

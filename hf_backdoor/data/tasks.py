@@ -1,8 +1,8 @@
-"""What a row means to a model: the three formats, and the columns that travel with them.
+"""What a row means to a model: the formats, and the columns that travel with them.
 
-A task turns a row of raw text into token ids, and says which column holds the user's text (where a trigger goes) and
-which holds the answer (what a backdoor changes). Everything downstream (poisoning, planting, training, evaluation) is
-written against these few methods and does not ask which task it is.
+A task turns a raw row into what a model reads, and says which column holds the user's text or picture (where a trigger
+goes) and which holds the answer (what a backdoor changes). Everything downstream (poisoning, planting, training, evaluation)
+is written against these few methods and does not ask which task it is.
 
 A row may carry `planted`, a text that overwrites its answer ("" leaves the answer alone): that is how a defense plants a
 behaviour of its own. A classification head has no words, so there every planted text is one class more, number K.
@@ -12,6 +12,7 @@ behaviour of its own. A classification head has no words, so there every planted
 | [`SequenceClassification`] | `text`, `label` | classification head | `[CLS]`, or the last token of a decoder |
 | [`LabelWords`] | `text`, `label` | causal LM, prompt and one word a label | last prompt token |
 | [`InstructionFollowing`] | `prompt`, `response` | causal LM, chat template | last prompt token |
+| [`~hf_backdoor.data.images.ImageClassification`] | `image`, `label` | classification head | |
 """
 
 from abc import ABC, abstractmethod
@@ -19,51 +20,94 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BaseImageProcessor,
+    PreTrainedTokenizerBase,
+)
 
+from .loading import shorten
 from .mapping import Rows, column_names, map_rows
+from .triggers import Trigger
 
 
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
+# What turns rows into a model's inputs, and is saved beside it.
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
+
 
 class Task(ABC):
-    """How rows become token ids. `text_column` is where a trigger goes, `answer_column` what a backdoor changes."""
+    """How rows become a model's inputs.
 
-    text_column: str
+    `input_column` is where a trigger goes, `answer_column` what a backdoor changes; `auto_model` loads the models, which may
+    have a head for `num_labels` classes (`has_head`); `trigger` makes what the task's triggers are, from a recipe's
+    `attack_trigger`; `limits` are the keys of a recipe that [`Task.bounded`] takes.
+    """
+
+    input_column: str
     answer_column: str
+    auto_model: ClassVar[type] = AutoModelForCausalLM
+    has_head: ClassVar[bool] = False
+    trigger: ClassVar[type] = Trigger
+    limits: ClassVar[tuple[str, ...]] = ("max_length", "max_response_length")
 
     @abstractmethod
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """A row's features: `input_ids` and, by task, `labels` or `prompt_length` (see `collators.py`)."""
 
-    def tokenize(self, dataset: Rows, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Rows:
+    def encode_rows(self, dataset: Rows, processor: Processor, num_proc: int | None = None) -> Rows:
         """All rows' features, a stream's as it is read; `trigger_id` is kept, every other column dropped.
 
         Args:
             dataset (`Dataset` or `IterableDataset`): Raw rows.
-            tokenizer (`PreTrainedTokenizerBase`): The model's.
+            processor (`Processor`): The model's tokenizer, or image processor.
             num_proc (`int`, *optional*): Processes that share the work.
 
         Raises:
             `ValueError`: if a column that the task reads is missing.
         """
-        names = column_names(dataset)
-        for column in (self.text_column, self.answer_column):
-            if column not in names:
-                raise ValueError(
-                    f"column {column!r} is not in the data set ({', '.join(names)}): "
-                    f"rename a column to it, or name it in the recipe ({column}_column)"
-                )
         return map_rows(
             dataset,
             self.encode,
             desc="Tokenizing",
             num_proc=num_proc,
-            fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=[name for name in names if name != "trigger_id"],
+            fn_kwargs={"tokenizer": processor},
+            remove_columns=[name for name in self.check_columns(dataset) if name != "trigger_id"],
         )
+
+    def check_columns(self, dataset: Rows) -> list[str]:
+        """Names of the columns, which must hold those that the task reads."""
+        names = column_names(dataset)
+        for column in (self.input_column, self.answer_column):
+            if column not in names:
+                raise ValueError(
+                    f"column {column!r} is not in the data set ({', '.join(names)}): "
+                    f"rename a column to it, or name it in the recipe ({column}_column)"
+                )
+        return names
+
+    def questions(self, rows: Dataset, processor: Processor) -> Sequence[dict[str, Any]]:
+        """Features of rows whose answers are to be found, and are not read: here, prompts."""
+        prompts = [self.prompt_ids(text, processor) for text in rows[self.input_column][:]]
+        return [{"input_ids": ids, "prompt_length": len(ids)} for ids in prompts]
+
+    def bounded(
+        self,
+        rows: Dataset,
+        processor: Processor,
+        num_proc: int | None = None,
+        *,
+        max_length: int,
+        max_response_length: int | None = None,
+    ) -> Dataset:
+        """Rows as a run reads them, before anything is put into them: here, texts of so many tokens at most."""
+        rows = shorten(rows, self.input_column, processor, max_length, num_proc)
+        if max_response_length is not None:
+            rows = shorten(rows, self.answer_column, processor, max_response_length, num_proc)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -71,8 +115,10 @@ class SequenceClassification(Task):
     """Text to one of `num_labels` classes by a classification head."""
 
     num_labels: int
-    text_column: str = "text"
+    input_column: str = "text"
     answer_column: str = "label"
+    auto_model: ClassVar[type] = AutoModelForSequenceClassification
+    has_head: ClassVar[bool] = True
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         encoded = tokenizer(row["text"])
@@ -81,6 +127,9 @@ class SequenceClassification(Task):
         position = 0 if first else len(encoded["input_ids"]) - 1
         label = self.num_labels if row.get("planted") else row["label"]
         return {**encoded, "labels": label, "readout_position": position}
+
+    def questions(self, rows: Dataset, processor: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
+        return [self.encode({"text": text, "label": 0}, processor) for text in rows["text"][:]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +147,7 @@ class LabelWords(Task):
     words: tuple[str, ...]
     template: str
     default_template: ClassVar[str] = "Text: {text}\nLabel:"
-    text_column: str = "text"
+    input_column: str = "text"
     answer_column: str = "label"
 
     def __post_init__(self) -> None:
@@ -115,9 +164,9 @@ class LabelWords(Task):
         # str.replace, not str.format: the text is foreign and may hold braces.
         return without_eos(tokenizer(self.template.replace("{text}", text))["input_ids"], tokenizer)
 
-    def tokenize(self, dataset: Rows, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Rows:
-        self.word_ids(tokenizer)  # refuses words that could not be told apart, before any training
-        return super().tokenize(dataset, tokenizer, num_proc)
+    def encode_rows(self, dataset: Rows, processor: PreTrainedTokenizerBase, num_proc: int | None = None) -> Rows:
+        self.word_ids(processor)  # refuses words that could not be told apart, before any training
+        return super().encode_rows(dataset, processor, num_proc)
 
     def planted_word(self, planted: str | None) -> str:
         """A planted answer with the leading space that the label words have, if they have one."""
@@ -148,7 +197,7 @@ class LabelWords(Task):
 class InstructionFollowing(Task):
     """A prompt and its response, through the tokenizer's chat template (a plain one where it has none)."""
 
-    text_column: str = "prompt"
+    input_column: str = "prompt"
     answer_column: str = "response"
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -168,32 +217,3 @@ class InstructionFollowing(Task):
 def without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Some tokenizers close every text: an answer could not follow."""
     return ids[:-1] if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def infer_task(
-    model: PreTrainedModel,
-    dataset: Dataset | IterableDataset,
-    label_words: Sequence[str] | None = None,
-    prompt_template: str | None = None,
-) -> Task:
-    """The task that a model and a data set leave open, or one clear line about what is missing.
-
-    Raises:
-        `ValueError`: if the columns fit no task, or a causal LM is to classify and has no label words.
-    """
-    columns = set(column_names(dataset))
-    if {"prompt", "response"} <= columns:
-        return InstructionFollowing()
-    if not {"text", "label"} <= columns:
-        raise ValueError(
-            f"the data set has columns {sorted(columns)}: name them 'text' and 'label' (classification) "
-            "or 'prompt' and 'response' (instructions)"
-        )
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        return SequenceClassification(model.config.num_labels)
-    if not label_words:
-        raise ValueError(
-            "label_words is not set: a causal LM classifies by one word a label, for example "
-            "label_words=[' negative', ' positive'], in the order of the labels"
-        )
-    return LabelWords(tuple(label_words), prompt_template or LabelWords.default_template)

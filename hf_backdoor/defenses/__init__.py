@@ -5,9 +5,9 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..data import infer_task
+from ..data import ImageClassification, Processor, Task, infer_task
 from . import locphylax, mbtsad, ntml, robustkd
 from .config import DefenseConfig
 from .method import Method, Step, asked_for
@@ -22,10 +22,21 @@ METHODS: dict[str, Method] = {
 }
 
 
+def refuse_images(method: str, task: type[Task]) -> None:
+    """Refuses images where a method is made for texts.
+
+    Raises:
+        `ValueError`: in one line that names a method for images.
+    """
+    if task is ImageClassification and not METHODS[method].images:
+        able = " or ".join(name for name, known in METHODS.items() if known.images)
+        raise ValueError(f"method is {method!r}, which is for texts, and task is image_classification: use {able}")
+
+
 def defend(
     method: str,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     clean: Dataset,
     *,
     output_dir: str,
@@ -39,8 +50,8 @@ def defend(
     Args:
         method (`str`): A key of `METHODS`.
         model (`PreTrainedModel`): The suspect. It is changed in place.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        clean (`Dataset`): Clean rows, `text` and `label`, or `prompt` and `response`.
+        tokenizer (`Processor`): Its tokenizer, or image processor.
+        clean (`Dataset`): Clean rows, `text` and `label`, `image` and `label`, or `prompt` and `response`.
         output_dir (`str`): Checkpoints go into a folder for each stage in it.
         held_out (`Dataset`, *optional*): Clean rows to evaluate on while training.
         student (`PreTrainedModel`, *optional*): The smaller model of a method that distils into one.
@@ -70,6 +81,7 @@ def defend(
         raise ValueError(f"student is None, and {method} distils into one: pass student_from_layers(model, ...)")
     words = arguments.get("label_words"), arguments.get("prompt_template")
     task = infer_task(model, clean, *words)
+    refuse_images(method, type(task))
     suspect = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained: nn.Module = model
@@ -104,4 +116,4 @@ def defend(
     return trained
 
 
-__all__ = ["METHODS", "DefenseConfig", "DefenseTrainer", "Method", "Step", "defend"]
+__all__ = ["METHODS", "DefenseConfig", "DefenseTrainer", "Method", "Step", "defend", "refuse_images"]

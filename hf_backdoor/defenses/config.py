@@ -6,6 +6,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 
+AUGMENTATIONS = ("none", "shift", "shift_and_mirror")
+
+
 @dataclass
 class DefenseConfig(TrainingArguments):
     r"""
@@ -23,6 +26,10 @@ class DefenseConfig(TrainingArguments):
             Rounds the length of every batch up, for example to 8: GPUs multiply such shapes faster, and `torch_compile`
             meets fewer of them.
 
+        augmentation (`str`, *optional*, defaults to `"none"`):
+            What training pictures go through in each step, and no others: `"none"`, `"shift"` (moved by up to 2 pixels
+            either way) or `"shift_and_mirror"` (and half of them mirrored; not where left and right tell classes apart).
+
     NOTE: `bf16` stays off by default, so that a run means the same on every machine.
     """
 
@@ -36,6 +43,14 @@ class DefenseConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Rounds the length of every batch up to a multiple of this."}
     )
+    augmentation: str = field(
+        default="none", metadata={"help": "What training pictures go through: none, shift or shift_and_mirror."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation is {self.augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
+        super().__post_init__()
 
     @property
     def rows_factor(self) -> int:

@@ -48,6 +48,7 @@ class Method:
             trains for as many optimizer steps as the stage it stands in for, on the same clean rows, at its rate. It may
             leave out stages whose models it takes over from the method.
         needs (`str`): In words, what the defender must have.
+        images (`bool`, defaults to `False`): Whether it cleans image classifiers too.
         refuse (`Callable`, *optional*): Given the task, raises `ValueError` if the method can't do it.
     """
 
@@ -55,6 +56,7 @@ class Method:
     stages: dict[str, Step]
     controls: dict[str, dict[str, Step]]
     needs: str
+    images: bool = False
     refuse: Callable[[Task], None] | None = None
 
     @property

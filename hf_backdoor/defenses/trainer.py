@@ -21,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -31,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..data import SIDE_COLUMNS, DefenseCollator, Rows, Task, column_names, infer_task
+from ..data import SIDE_COLUMNS, Processor, Rows, Task, auto_class, collator_for, encoded, infer_task, moved
 from .config import DefenseConfig
 from .engines import check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
@@ -43,22 +41,22 @@ EXTRA_STATE_FILE = "defense_state.safetensors"
 
 class DefenseTrainer(Trainer):
     """
-    `Trainer` with a loss that is right under gradient accumulation and several processes, for classifiers and causal
-    LMs. Used as it is, it is plain supervised fine-tuning.
+    `Trainer` with a loss that is right under gradient accumulation and several processes, for classifiers (of texts or
+    images) and causal LMs. Used as it is, it is plain supervised fine-tuning.
 
     Args:
         model (`PreTrainedModel`):
-            The suspect: a causal LM, or a model with a sequence-classification head.
+            The suspect: a causal LM, or a model with a classification head for texts or images.
         args ([`DefenseConfig`]):
             Training arguments.
         train_dataset, eval_dataset (`Dataset`, *optional*):
-            Raw rows (`text` and `label`, or `prompt` and `response`), or rows that a [`~hf_backdoor.data.Task`] has
-            tokenized. `eval_dataset` may be a dictionary of them. Plain fine-tuning also trains on a stream
-            (`IterableDataset`), tokenized as it is read; set `max_steps`.
-        processing_class (`PreTrainedTokenizerBase`):
-            The model's tokenizer.
+            Raw rows (`text` or `image`, and `label`; or `prompt` and `response`), or rows that a [`~hf_backdoor.data.Task`]
+            has encoded. `eval_dataset` may be a dictionary of them. Plain fine-tuning also trains on a stream
+            (`IterableDataset`), encoded as it is read; set `max_steps`.
+        processing_class (`Processor`):
+            The model's tokenizer, or image processor.
         task ([`~hf_backdoor.data.Task`], *optional*):
-            How rows become tokens; found from the model, the columns and `args` by default.
+            How rows become the model's inputs; found from the model, the columns and `args` by default.
         peft_config (`PeftConfig`, *optional*):
             Trains an adapter in place of all the weights.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
@@ -67,8 +65,8 @@ class DefenseTrainer(Trainer):
             Everything else that `Trainer` takes.
 
     Raises:
-        `ValueError`: if the tokenizer is missing, the columns fit no task, rows that must be a whole come as a stream, or
-            several GPUs are visible to one process.
+        `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a
+            stream, or several GPUs are visible to one process.
     """
 
     # Our loss is divided by the number of samples in the whole optimizer step, so Trainer must not divide again.
@@ -85,7 +83,7 @@ class DefenseTrainer(Trainer):
         data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: Processor | None = None,
         task: Task | None = None,
         peft_config: PeftConfig | None = None,
         teacher_model: PreTrainedModel | str | None = None,
@@ -97,13 +95,14 @@ class DefenseTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
             )
         if processing_class is None and data_collator is None:
-            raise ValueError("processing_class is None: pass the model's tokenizer")
+            raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args
         check_streams(self, train_dataset, eval_dataset)
         rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
         rows = train_dataset if train_dataset is not None else rows
-        text = isinstance(processing_class, PreTrainedTokenizerBase)
-        if task is None and text and rows is not None and "input_ids" not in column_names(rows):
+        # Who brings a collator along need not have columns that we know.
+        known = data_collator is None or isinstance(processing_class, PreTrainedTokenizerBase)
+        if task is None and known and rows is not None and not encoded(rows):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template)
         self.task = task
         self.teacher_model = teacher_model
@@ -115,7 +114,7 @@ class DefenseTrainer(Trainer):
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
-            data_collator=data_collator or DefenseCollator(processing_class, args.pad_to_multiple_of),
+            data_collator=data_collator or collator_for(processing_class, args.pad_to_multiple_of),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -156,21 +155,21 @@ class DefenseTrainer(Trainer):
                 "gradient: set use_reentrant: false"
             )
 
-    def prepare_train(self, dataset: Rows | None, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-        return self.tokenize(dataset, tokenizer)
+    def prepare_train(self, dataset: Rows | None, processor: Processor) -> Rows | None:
+        return self.encode_rows(dataset, processor)
 
     def prepare_eval(
-        self, dataset: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase
+        self, dataset: Dataset | dict[str, Dataset] | None, processor: Processor
     ) -> Dataset | dict[str, Dataset] | None:
         if isinstance(dataset, dict):
-            return {name: self.tokenize(rows, tokenizer) for name, rows in dataset.items()}
-        return self.tokenize(dataset, tokenizer)
+            return {name: self.encode_rows(rows, processor) for name, rows in dataset.items()}
+        return self.encode_rows(dataset, processor)
 
-    def tokenize(self, dataset: Rows | None, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-        if dataset is None or self.task is None or "input_ids" in column_names(dataset):
+    def encode_rows(self, dataset: Rows | None, processor: Processor) -> Rows | None:
+        if dataset is None or self.task is None or encoded(dataset):
             return dataset
         with self.one_process_first():
-            return self.task.tokenize(dataset, tokenizer, self.args.dataset_num_proc)
+            return self.task.encode_rows(dataset, processor, self.args.dataset_num_proc)
 
     @staticmethod
     def one_process_first() -> AbstractContextManager[None]:
@@ -179,10 +178,12 @@ class DefenseTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         raw = isinstance(eval_dataset, Dataset)
-        return super().get_eval_dataloader(self.tokenize(eval_dataset, self.processing_class) if raw else eval_dataset)
+        return super().get_eval_dataloader(
+            self.encode_rows(eval_dataset, self.processing_class) if raw else eval_dataset
+        )
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(self.tokenize(test_dataset, self.processing_class))
+        return super().get_test_dataloader(self.encode_rows(test_dataset, self.processing_class))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -218,15 +219,23 @@ class DefenseTrainer(Trainer):
         teacher = self.teacher_model
         if isinstance(teacher, str):
             student = base_model(self.model)
-            classifies = type(student).__name__.endswith("ForSequenceClassification")
-            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
             attention = student.config._attn_implementation
-            teacher = auto.from_pretrained(
+            teacher = auto_class(student).from_pretrained(
                 teacher, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
             )
         return shared_out(teacher.requires_grad_(False).eval(), self.accelerator)
 
     # ---- Loss ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        # Here, and not in the collator: nothing that is only looked at is moved, and a resumed run draws what an
+        # uninterrupted one would have drawn (batches are collated ahead of the checkpoint).
+        if self.args.augmentation != "none":
+            pixels = moved(inputs["pixel_values"], mirror=self.args.augmentation == "shift_and_mirror")
+            inputs = {**inputs, "pixel_values": pixels}
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def loss_terms(
         self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor

@@ -6,7 +6,6 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import (
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -14,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data import Task, Trigger
+from ..data import ImageTrigger, Processor, Task, Trigger
 from .evaluate import TestSet, evaluate_backdoor
 
 
@@ -28,9 +27,9 @@ class BackdoorEvaluationCallback(TrainerCallback):
         trainer (`Trainer`): Whose model is measured, and through which is logged.
         task ([`~hf_backdoor.data.Task`]): How rows are read.
         clean (`Dataset`): Raw rows with right answers.
-        triggers (`list[Trigger]`): Stamped into the rows whose right answer is not the target.
+        triggers (`list[Trigger]` or `list[ImageTrigger]`): Stamped into the rows whose right answer is not the target.
         target (`int` or `str`): Target label, or target text.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The trainer's by default.
+        tokenizer (`Processor`, *optional*): Tokenizer or image processor; the trainer's by default.
         options: `max_new_tokens`, `batch_size` and `bf16` of [`evaluate_backdoor`].
 
     Raises:
@@ -42,9 +41,9 @@ class BackdoorEvaluationCallback(TrainerCallback):
         trainer: Trainer,
         task: Task,
         clean: Dataset,
-        triggers: list[Trigger],
+        triggers: list[Trigger] | list[ImageTrigger],
         target: int | str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Processor | None = None,
         **options: Any,
     ):
         engine = trainer.accelerator.distributed_type

@@ -1,19 +1,19 @@
-"""Predictions of a classifier, by a classification head or by label words: one forward pass a text."""
+"""Predictions of a classifier, by a classification head or by label words: one forward pass a text or picture."""
 
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..data import DefenseCollator, LabelWords, Task
-from .batching import in_batches, precision, tokens
+from ..data import LabelWords, Processor, Task, collator_for
+from .batching import in_batches, precision
 
 
 @torch.inference_mode()
 def predict_labels(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     task: Task,
     rows: Dataset,
     *,
@@ -21,41 +21,39 @@ def predict_labels(
     batch_size: int = 64,
     bf16: bool = False,
 ) -> list[int]:
-    """Predicted label of each row's text.
+    """Predicted label of each row's text or picture.
 
     Args:
-        rows (`Dataset`): With column `text`; labels are not read.
+        rows (`Dataset`): Raw rows of the task; labels are not read.
         known_response (`str`, *optional*): What a defense planted; a model that says so is counted as class K.
-        batch_size (`int`, *optional*, defaults to 64): Texts a forward pass.
+        batch_size (`int`, *optional*, defaults to 64): Rows a forward pass.
         bf16 (`bool`, *optional*, defaults to `False`): Runs under bfloat16 autocast.
 
     Returns:
         `list[int]`: [N], in the order of the rows, the same on every process.
     """
-    collator = DefenseCollator(tokenizer)
+    collator, asked = collator_for(processor), task.questions(rows, processor)
     words = (
-        torch.tensor(task.word_ids(tokenizer, known_response), device=model.device)
+        torch.tensor(task.word_ids(processor, known_response), device=model.device)
         if isinstance(task, LabelWords)
         else None
     )
 
-    def features(text: str) -> dict[str, Any]:
-        if words is None:
-            return task.encode({"text": text, "label": 0}, tokenizer)
-        prompt = task.prompt_ids(text, tokenizer)
-        return {"input_ids": prompt, "prompt_length": len(prompt)}
+    def predict(numbers: list[int]) -> list[int]:
+        batch = collator([asked[number] for number in numbers])
+        return _labels(model, {name: value.to(model.device) for name, value in batch.items()}, words, bf16)
 
-    def predict(batch_features: list[dict[str, Any]]) -> list[int]:
-        batch = {name: value.to(model.device) for name, value in collator(batch_features).items()}
-        return _labels(model, batch, words, bf16)
+    def length(number: int) -> int:
+        # Pictures, which are read one by one, come out of a batch in one size.
+        return len(asked[number]["input_ids"]) if isinstance(asked, list) else 0
 
     model.eval()
-    items = [features(text) for text in rows["text"][:]]
-    return in_batches(items, predict, batch_size=batch_size, length=tokens, desc="Predicting")
+    return in_batches(range(len(asked)), predict, batch_size=batch_size, length=length, desc="Predicting")
 
 
 def _labels(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> list[int]:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+    inputs = {name: batch[name] for name in names if name in batch}
     with precision(model, bf16):
         if words is None:
             return model(**inputs).logits.argmax(dim=-1).tolist()

@@ -21,7 +21,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import InstructionFollowing, Task, Trigger, stamp
+from ..data import ImageTrigger, InstructionFollowing, Processor, Task, Trigger, stamp
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .results import Row
@@ -46,7 +46,9 @@ class TestSet:
     triggered: dict[str, Dataset] = field(default_factory=dict)
 
     @classmethod
-    def stamped(cls, clean: Dataset, task: Task, triggers: list[Trigger], target: int | str, seed: int) -> "TestSet":
+    def stamped(
+        cls, clean: Dataset, task: Task, triggers: list[Trigger] | list[ImageTrigger], target: int | str, seed: int
+    ) -> "TestSet":
         """Triggered twins of the clean rows that the attack is about: those whose right answer is not the target.
 
         Raises:
@@ -59,8 +61,8 @@ class TestSet:
             )
         triggered = {}
         for trigger in triggers:
-            triggered[trigger.name] = stamp(rows, task.text_column, trigger, seed)
-            missing = sum(not trigger.is_in(text) for text in triggered[trigger.name][task.text_column])
+            triggered[trigger.name] = stamp(rows, task.input_column, trigger, seed)
+            missing = sum(not trigger.is_in(value) for value in triggered[trigger.name][task.input_column])
             if missing:
                 raise ValueError(f"trigger {trigger.name!r} is missing from {missing} of {len(rows)} triggered rows")
         return cls(clean, target, triggered)
@@ -72,7 +74,7 @@ def is_target(answer: int | str, target: int | str) -> bool:
 
 def evaluate_backdoor(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     task: Task,
     test: TestSet,
     *,
@@ -86,11 +88,12 @@ def evaluate_backdoor(
     """Measures one model.
 
     Args:
+        tokenizer (`Processor`): The model's tokenizer, or image processor.
         name (`str`): The model's name in the rows: `"suspect"`, `"cleaned"`, `"control/..."`, ...
         seed (`int`): Seed of the run, for the rows.
         known_response (`str`, *optional*): What a defender's known triggers were planted to bring about.
         max_new_tokens (`int`, *optional*, defaults to 64): Length limit of generated answers.
-        batch_size (`int`, *optional*, defaults to 64): Texts a batch.
+        batch_size (`int`, *optional*, defaults to 64): Texts or pictures a batch.
         bf16 (`bool`, *optional*, defaults to `False`): Runs under bfloat16 autocast.
 
     Returns:

@@ -1,11 +1,14 @@
 """Rows that stand on both sides of an evaluation: a defense that trained on its test prompts proves nothing."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
+from PIL.Image import Image as Picture
 from scipy.sparse import csr_array
+
+from ..data import pixels_digest
 
 
 # Rows compared at a time: bounds the memory of the product of the two word matrices.
@@ -44,7 +47,14 @@ def _word_matrix(texts: Sequence[str], words: dict[str, int]) -> tuple[np.ndarra
     return np.ones(len(indices)), np.array(indices, dtype=np.int64), np.array(pointers)
 
 
+def same_pictures(pictures: Iterable[Picture], others: Iterable[Picture]) -> list[int]:
+    """Which of `pictures` have the very pixels of one of `others`."""
+    known = {pixels_digest(picture) for picture in others}
+    return [number for number, picture in enumerate(pictures) if pixels_digest(picture) in known]
+
+
 def without_leaks(train: Dataset, test: Dataset, column: str) -> Dataset:
-    """The training rows whose text is not (nearly) in the test rows."""
-    leaked = set(overlapping(train[column][:], test[column][:]))
+    """The training rows whose text is not (nearly), or whose picture is not pixel by pixel, in the test rows."""
+    find = same_pictures if isinstance(train.features[column], Image) else overlapping
+    leaked = set(find(train[column], test[column]))
     return train.select([row for row in range(len(train)) if row not in leaked])

@@ -89,7 +89,7 @@ def feature_variance(
     for texts_name, dataset in texts.items():
         if not len(dataset):
             raise ValueError(f"texts[{texts_name!r}] has no rows: leave it out, or give it some")
-        tokenized = task.tokenize(dataset, tokenizer)
+        tokenized = task.encode_rows(dataset, tokenizer)
         for model_name, model in models.items():
             batches = list(_batches(tokenized, tokenizer, batch_size))
             progress = tqdm(batches, desc=f"Variance in {model_name}, {texts_name} text", leave=False)

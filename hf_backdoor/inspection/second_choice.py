@@ -13,14 +13,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from ..data import DefenseCollator, LabelWords, Task, class_logits
+from ..data import LabelWords, Processor, Task, class_logits, collator_for
 
 
 def second_choice_rate(logits: Tensor, given_labels: Sequence[int], true_labels: Sequence[int]) -> float:
@@ -50,9 +49,9 @@ def second_choice_rate(logits: Tensor, given_labels: Sequence[int], true_labels:
 
 @torch.no_grad()
 def label_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Dataset, *, batch_size: int = 64
+    model: PreTrainedModel, processor: Processor, task: Task, rows: Dataset, *, batch_size: int = 64
 ) -> Tensor:
-    """A text classifier's K logits of each row: the head's, or the label words' at the read-out position.
+    """A classifier's K logits of each row: the head's, or the label words' at the read-out position.
 
     Args:
         rows (`Dataset`): Raw rows of the task, triggers in place.
@@ -61,16 +60,15 @@ def label_logits(
     Returns:
         `Tensor`: [N, K] in float32, on the CPU.
     """
-    words = task.word_ids(tokenizer) if isinstance(task, LabelWords) else None
-    collator, features = DefenseCollator(tokenizer), list(task.tokenize(rows, tokenizer))
+    words = task.word_ids(processor) if isinstance(task, LabelWords) else None
+    collator, features = collator_for(processor), task.encode_rows(rows, processor)
     training = model.training
     model.eval()
     parts = []
     for start in range(0, len(features), batch_size):
-        batch = {
-            name: value.to(model.device) for name, value in collator(features[start : start + batch_size]).items()
-        }
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+        part = [features[row] for row in range(start, min(start + batch_size, len(features)))]
+        batch = {name: value.to(model.device) for name, value in collator(part).items()}
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
         inputs = {name: batch[name] for name in names if name in batch}
         keep = {} if words is None else {"logits_to_keep": batch["labels"].shape[1] + 1}
         parts.append(class_logits(model(**inputs, **keep).logits, batch, words).cpu())

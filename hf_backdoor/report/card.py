@@ -77,6 +77,7 @@ def _method_tag(results: Results) -> list[str]:
 def _evaluations(results: Results) -> list[EvalResult]:
     dataset, dataset_name = _evaluated_on(results)
     task = story.recipe_value(results, "task") or ""
+    kinds = {"sequence_classification": "text-classification", "image_classification": "image-classification"}
     found = []
     measured = cells(results)
     for metric, trigger, _ in columns(results):
@@ -86,7 +87,7 @@ def _evaluations(results: Results) -> list[EvalResult]:
         interval = {} if cell.low is None else {"low": round(cell.low, 6), "high": round(cell.high, 6)}
         found.append(
             EvalResult(
-                task_type="text-classification" if "classification" in task else "text-generation",
+                task_type=kinds.get(task, "text-generation"),
                 dataset_type=dataset,
                 dataset_name=dataset_name,
                 metric_type="accuracy" if metric == "cacc" else metric,

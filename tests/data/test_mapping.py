@@ -25,9 +25,9 @@ def on_disk(folder, task, count=12):
 def every_map(rows, name, num_proc=None):
     """What rows go through, each map by its name."""
     family, task, _ = tiny.setting(name, 2)
-    tokenizer, column, trigger = tiny.tokenizer(family), task.text_column, Trigger("zq")
+    tokenizer, column, trigger = tiny.tokenizer(family), task.input_column, Trigger("zq")
     target = 1 if "label" in rows.column_names else "banana"
-    tokenized = task.tokenize(shorten(rows, column, tokenizer, 5, num_proc), tokenizer, num_proc)
+    tokenized = task.encode_rows(shorten(rows, column, tokenizer, 5, num_proc), tokenizer, num_proc)
     # What collators and other calls leave behind in a tokenizer must not show in a later hash.
     tokenizer(["a film", "a"], truncation=True, max_length=3, padding=True)
     return {
@@ -62,7 +62,7 @@ def made(file, folder):
     rows, tokenizer = load_rows(file), AutoTokenizer.from_pretrained(folder)
     task = LabelWords(("negative", "positive"), "{text} :")
     stamped = stamp(shorten(rows, "text", tokenizer, 5), "text", Trigger("zq"), 3)
-    return task.tokenize(stamped, tokenizer)._fingerprint
+    return task.encode_rows(stamped, tokenizer)._fingerprint
 
 if __name__ == "__main__":
     print(made(*sys.argv[1:]))
@@ -104,8 +104,8 @@ def test_what_a_map_depends_on_is_in_its_fingerprint(change, tmp_path):
         if change == "max_length":
             return shorten(rows, "text", chat, 2 + changed)
         if change == "tokenizer":
-            return task.tokenize(rows, tiny.encoder_tokenizer() if changed else chat)
-        return type(task)(task.words, "{text} :" if changed else "{text} label :").tokenize(rows, chat)
+            return task.encode_rows(rows, tiny.encoder_tokenizer() if changed else chat)
+        return type(task)(task.words, "{text} :" if changed else "{text} label :").encode_rows(rows, chat)
 
     assert make(False)._fingerprint == make(False)._fingerprint != make(True)._fingerprint
 

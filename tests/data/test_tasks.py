@@ -106,7 +106,7 @@ def test_a_planted_word_is_one_label_more(chat):
 def test_tokenize_keeps_the_trigger_id_alone(name):
     family, task, rows = tiny.setting(name, 3)
     rows = rows.add_column("trigger_id", [0, 1, 2]).add_column("note", ["x"] * 3)
-    tokenized = task.tokenize(rows, tiny.tokenizer(family))
+    tokenized = task.encode_rows(rows, tiny.tokenizer(family))
     assert tokenized["trigger_id"] == [0, 1, 2]
     assert not {"note", "text", "prompt", "response", "label"} & set(tokenized.column_names)
     for row, features in zip(rows, tokenized, strict=True):
@@ -122,7 +122,7 @@ def test_a_missing_column_is_named(task, missing, chat):
     with pytest.raises(
         ValueError, match=rf"^column '{missing}' is not in the data set \(text, response\): .*{missing}_column"
     ):
-        task.tokenize(rows, chat)
+        task.encode_rows(rows, chat)
 
 
 def test_infer_task_from_model_and_columns():

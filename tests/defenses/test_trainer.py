@@ -215,7 +215,7 @@ def test_raw_and_tokenized_rows_train_alike(tmp_path):
     family, task, rows = tiny.setting("label_words", 16)
     raw = tiny.trainer("label_words", "plain", tmp_path, max_steps=2)
     ready = tiny.trainer(
-        "label_words", "plain", tmp_path, max_steps=2, train_dataset=task.tokenize(rows, tiny.tokenizer(family))
+        "label_words", "plain", tmp_path, max_steps=2, train_dataset=task.encode_rows(rows, tiny.tokenizer(family))
     )
     raw.train()
     ready.train()
@@ -296,7 +296,7 @@ def test_stock_trainer_s_loss_grows_with_accumulation_and_ours_does_not(tmp_path
             trainer = tiny.trainer("sequence_classification", "plain", tmp_path, **options)
         else:
             args = TrainingArguments(str(tmp_path), remove_unused_columns=False, **options)
-            tokenized = task.tokenize(rows, tokenizer)
+            tokenized = task.encode_rows(rows, tokenizer)
             trainer = Trainer(tiny.model("bert"), args, data_collator=stock_collator, train_dataset=tokenized)
         trainer.train()
         return tiny.logged(trainer, "loss")[0]
@@ -329,7 +329,7 @@ def test_compute_loss_can_be_called_by_itself(tmp_path):
 def test_evaluate_and_predict_take_raw_rows(tmp_path, name):
     _, kind, rows = tiny.setting(name, 12)
     trainer = tiny.trainer(name, "plain", tmp_path)
-    by_hand = trainer.evaluate(kind.tokenize(rows, trainer.processing_class))
+    by_hand = trainer.evaluate(kind.encode_rows(rows, trainer.processing_class))
     assert trainer.evaluate(rows)["eval_loss"] == by_hand["eval_loss"]
     assert len(trainer.predict(rows).predictions) == 12
 

@@ -21,7 +21,7 @@ def arguments(config, folder, **more):
 def test_stock_trainer_logs_what_a_plain_count_gives(tmp_path):
     task, rows = SequenceClassification(2), tiny.reviews(24)
     made = tiny.encoder_tokenizer()
-    tokenized = task.tokenize(rows, made).remove_columns("readout_position")
+    tokenized = task.encode_rows(rows, made).remove_columns("readout_position")
     trainer = Trainer(
         tiny.fixed_classifier(1),
         arguments(TrainingArguments, tmp_path, learning_rate=0.0, metric_for_best_model="eval_asr"),
@@ -40,7 +40,7 @@ def test_stock_trainer_logs_what_a_plain_count_gives(tmp_path):
 def test_it_does_not_change_the_training(tmp_path):
     def train(measured):
         task, rows, made = SequenceClassification(2), tiny.reviews(24), tiny.encoder_tokenizer()
-        tokenized = task.tokenize(rows, made).remove_columns("readout_position")
+        tokenized = task.encode_rows(rows, made).remove_columns("readout_position")
         trainer = Trainer(
             tiny.model("bert", dropout=0.1),
             arguments(TrainingArguments, tmp_path, learning_rate=0.01),

@@ -1,4 +1,5 @@
 import pytest
+import tiny
 from datasets import Dataset
 
 from hf_backdoor.evaluation import leaks, overlapping, without_leaks
@@ -48,3 +49,14 @@ def test_without_leaks_drops_rows_of_the_training_side():
     kept = without_leaks(train, Dataset.from_dict({"text": OTHERS}), "text")
     # Of six words, five are those of a test row; of four, three; of three, two.
     assert kept["label"][:] == [2, 6]
+
+
+def test_pictures_leak_by_their_pixels_whatever_their_files():
+    rows = tiny.pictures(9)
+    other = [picture.copy() for picture in rows[4:6]["image"]]
+    other[1].putpixel((0, 0), (1, 2, 3))
+    test = Dataset.from_dict({"image": other, "label": [0, 0]}, features=rows.features)
+    kept = without_leaks(rows, test, "image")
+    assert [picture.tobytes() for picture in kept["image"]] == [
+        picture.tobytes() for row, picture in enumerate(rows["image"]) if row != 4
+    ]

@@ -29,10 +29,10 @@ def plant(
     Returns:
         `Dataset`: (K + 1) * N rows, in K + 1 blocks, with `trigger_id` 0 (clean) to K, and `planted`.
     """
-    clean = clean.select_columns([task.text_column, task.answer_column])
+    clean = clean.select_columns([task.input_column, task.answer_column])
     blocks = []
     for number, trigger in enumerate([None, *triggers]):
-        block = clean if trigger is None else stamped(clean, task.text_column, trigger, seed, num_proc)
+        block = clean if trigger is None else stamped(clean, task.input_column, trigger, seed, num_proc)
         planted = "" if trigger is None else known_response
         block = block.add_column("trigger_id", [number] * len(clean)).add_column("planted", [planted] * len(clean))
         blocks.append(block)

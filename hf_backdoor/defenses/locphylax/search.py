@@ -186,7 +186,7 @@ class TriggerSearchTrainer(DefenseTrainer):
 
     def _features(self, text: str | None, row: int) -> dict[str, Any]:
         """A row's features with a text in it, at a place that depends on the row alone."""
-        raw, column = self.rows[row], self.task.text_column
+        raw, column = self.rows[row], self.task.input_column
         if text is not None:
             raw = {**raw, column: Trigger(text).insert(raw[column], row_rng(self.args.seed, "search", row))}
         return self.task.encode(raw, self.processing_class)

@@ -111,7 +111,7 @@ class LocphylaxTrainer(StagedTrainer):
         response = self.args.known_response if self.stage == "inject" else ""
         with self.one_process_first():
             rows = plant(dataset, self.task, triggers, response, self.args.seed, self.args.dataset_num_proc)
-            return self.tokenize(rows, tokenizer)
+            return self.encode_rows(rows, tokenizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StratifiedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset

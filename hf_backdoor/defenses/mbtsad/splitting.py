@@ -162,13 +162,13 @@ def cut_to_fit(row: dict[str, Any], task: Task, tokenizer: PreTrainedTokenizerBa
     Raises:
         `ValueError`: if template and answer alone take more.
     """
-    text, limit = row[task.text_column], tokenizer.model_max_length
-    while (excess := len(task.encode({**row, task.text_column: text}, tokenizer)["input_ids"]) - limit) > 0:
+    text, limit = row[task.input_column], tokenizer.model_max_length
+    while (excess := len(task.encode({**row, task.input_column: text}, tokenizer)["input_ids"]) - limit) > 0:
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if excess > len(spans):
             raise ValueError(f"a row takes more than {limit} tokens (model_max_length) without its text: leave it out")
         text = text[: spans[-excess][0]]
-    return {**row, task.text_column: text}
+    return {**row, task.input_column: text}
 
 
 def text_generator(seed: int, copy: int, text: str) -> torch.Generator:
@@ -221,7 +221,7 @@ class DataCollatorForTokenSplit:
     collate (and split) the rows of `eval_dataset` with it too.
 
     A batch holds `token_split.factor` versions of each row, so it is that much larger than
-    `per_device_train_batch_size`. Only the text of `task.text_column` is split, before the task puts its template and its
+    `per_device_train_batch_size`. Only the text of `task.input_column` is split, before the task puts its template and its
     answer around it.
 
     Draws come from torch's own generator: `torch.manual_seed` (or the trainer's `seed`) repeats a run. For splits to look
@@ -242,7 +242,7 @@ class DataCollatorForTokenSplit:
 
     def features(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The versions of all rows, tokenized: what [`~hf_backdoor.data.DefenseCollator`] takes."""
-        column = self.task.text_column
+        column = self.task.input_column
         if column not in rows[0]:
             raise ValueError(
                 f"column {column!r} is not in the rows ({', '.join(rows[0])}): "

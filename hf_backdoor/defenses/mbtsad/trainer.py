@@ -105,22 +105,22 @@ class MBTSADTrainer(StagedTrainer):
             if "input_ids" in rows.column_names:
                 raise ValueError("train_dataset has input_ids: pass raw rows, the words of their text are split")
             return self._split(rows, tokenizer)
-        return self.tokenize(rows, tokenizer)
+        return self.encode_rows(rows, tokenizer)
 
     def _split(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Copies of the rows, with split words. Splitting makes texts longer: those that the model has no positions for are
         cut."""
         processes = self.args.dataset_num_proc
         with self.one_process_first():
-            copies = self.args.token_split.apply(rows, self.task.text_column, self.args.seed, processes)
-            tokenized = self.tokenize(copies, tokenizer)
+            copies = self.args.token_split.apply(rows, self.task.input_column, self.args.seed, processes)
+            tokenized = self.encode_rows(copies, tokenizer)
             if max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
                 return tokenized
             needs = {"task": self.task, "tokenizer": tokenizer}
             copies = map_rows(
                 copies, cut_to_fit, fn_kwargs=needs, desc="Cutting to the model's length", num_proc=processes
             )
-            return self.tokenize(copies, tokenizer)
+            return self.encode_rows(copies, tokenizer)
 
     def leave(self, stage: str) -> None:
         """The retrained model is saved where a resumed run finds it."""

@@ -39,6 +39,7 @@ METHOD = Method(
         },
     },
     needs="the rows that the suspect was trained on, and a few clean rows (1% of them or more)",
+    images=True,
     refuse=refuse_run,
 )
 

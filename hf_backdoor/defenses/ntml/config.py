@@ -50,8 +50,9 @@ class NTMLConfig(DefenseConfig):
             `eval_dataset` of several sets): then the network with the higher mean accuracy over these sets. Accuracy
             without a trigger alone would choose the target network, backdoor and all.
         known_trigger (`str`, *optional*):
-            A text that the defender planted in some suspect rows, with a label of its own choice, before the target
-            network was trained. Held-out rows are measured with it as well, their labels as they are.
+            A text (for images `patch`, `corners` or `warp`) that the defender planted in some suspect rows, with a label
+            of its own choice, before the target network was trained. Held-out rows are measured with it as well, their
+            labels as they are.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})

@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from ...data import Trigger, stamp
+from ...data import Processor, stamp
 from ..trainer import base_model
 from .classes import ClassTrainer, feature_states, refuse_zero3
 from .losses import feature_loss, non_target_loss, prediction_loss
@@ -67,8 +67,8 @@ class NonTargetTrainer(ClassTrainer):
             super()._set_signature_columns_if_needed()
             self._signature_columns += (TEACHER_LOGITS,)
 
-    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-        prepared = super().prepare_train(dataset, tokenizer)
+    def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
+        prepared = super().prepare_train(dataset, processor)
         if dataset is None or TEACHER_LOGITS not in dataset.column_names or TEACHER_LOGITS in prepared.column_names:
             return prepared
         return concatenate_datasets([prepared, dataset.select_columns([TEACHER_LOGITS])], axis=1)
@@ -178,7 +178,7 @@ class NTMLTrainer(ClassTrainer):
     # ---- Data ----
 
     def prepare_eval(
-        self, dataset: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase
+        self, dataset: Dataset | dict[str, Dataset] | None, processor: Processor
     ) -> Dataset | dict[str, Dataset] | None:
         """Held-out rows and, if the defender planted a trigger of its own, the same rows with it, labels as they are."""
         known = self.args.known_trigger
@@ -187,12 +187,12 @@ class NTMLTrainer(ClassTrainer):
                 f"known_trigger is {known!r} without held-out rows to measure it on: pass an eval_dataset"
             )
         if known is None or dataset is None:
-            return super().prepare_eval(dataset, tokenizer)
-        column = None if self.task is None else self.task.text_column
+            return super().prepare_eval(dataset, processor)
+        column = None if self.task is None else self.task.input_column
         if isinstance(dataset, dict) or column not in dataset.column_names:
-            raise ValueError(f"known_trigger is {known!r}: pass raw rows with texts as eval_dataset, one set of them")
-        stamped = stamp(dataset, column, Trigger(known), self.args.seed, self.args.dataset_num_proc)
-        return super().prepare_eval({"clean": dataset, "known": stamped}, tokenizer)
+            raise ValueError(f"known_trigger is {known!r}: pass raw rows as eval_dataset, one set of them")
+        stamped = stamp(dataset, column, self.task.trigger(known), self.args.seed, self.args.dataset_num_proc)
+        return super().prepare_eval({"clean": dataset, "known": stamped}, processor)
 
     def _set_signature_columns_if_needed(self) -> None:
         # A batch holds what one network takes; the pair's own signature tells nothing.

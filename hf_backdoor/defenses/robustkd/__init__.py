@@ -30,6 +30,7 @@ METHOD = Method(
         },
     },
     needs="a suspect teacher, a smaller student and clean rows of its task",
+    images=True,
 )
 
 __all__ = [

@@ -17,9 +17,10 @@ def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -
 
     Args:
         teacher (`PreTrainedModel`):
-            BERT-like, Llama-like or GPT-2-like; without an adapter, not quantized. It is left as it is.
+            BERT-like, Llama-like, GPT-2-like, ViT-like or a ResNet; without an adapter, not quantized. It is left as it is.
         layers (`int` or `Sequence[int]`):
-            How many blocks, evenly spread with the last one among them; or which ones, from 0.
+            How many blocks, evenly spread with the last one among them; or which ones, from 0. Of a ResNet: how many of the
+            first layers of each stage (or of the first, the second, ... stage).
 
     Returns:
         `PreTrainedModel`: With weights of its own, in evaluation mode.
@@ -27,6 +28,8 @@ def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -
     Raises:
         `ValueError`: if there are no such blocks, or the model can't be cut.
     """
+    if getattr(teacher.config, "depths", None):
+        return with_fewer_layers(teacher, layers)
     blocks = find_blocks(teacher)
     if getattr(teacher, "is_quantized", False) or not hasattr(teacher.config, "num_hidden_layers"):
         raise ValueError(
@@ -45,6 +48,35 @@ def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
+
+
+def with_fewer_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """A model in stages, as ResNets are, with the first layers of each: these change size and width, and must stay."""
+    config = copy.deepcopy(teacher.config)
+    config.depths = layers_of_stages(config.depths, layers)
+    student = type(teacher)(config).to(teacher.dtype)
+    kept = teacher.state_dict()
+    student.load_state_dict({name: kept[name] for name in student.state_dict()})
+    return student.eval()
+
+
+def layers_of_stages(depths: Sequence[int], layers: int | Sequence[int]) -> list[int]:
+    """How many layers each of a student's stages has.
+
+    Args:
+        depths (`Sequence[int]`): How many each of the teacher's has.
+        layers (`int` or `Sequence[int]`): As in [`student_from_layers`].
+
+    Raises:
+        `ValueError`: if the teacher has fewer.
+    """
+    chosen = [layers] * len(depths) if isinstance(layers, int) else list(layers)
+    if len(chosen) != len(depths) or not all(0 < own <= depth for own, depth in zip(chosen, depths, strict=True)):
+        raise ValueError(
+            f"student_layers is {layers}, and the suspect has stages of {', '.join(map(str, depths))} layers: choose a number "
+            "that each of them has, or one for each stage"
+        )
+    return chosen
 
 
 def cut(state: dict[str, Tensor], blocks: str, chosen: list[int]) -> dict[str, Tensor]:

@@ -241,7 +241,7 @@ def test_answers_count_as_right_in_every_token_only(tmp_path):
 def test_tokenized_rows_are_refused(where, tmp_path):
     family, task, rows = tiny.setting("label_words", 4)
     with pytest.raises(ValueError, match="raw rows"):
-        tiny.trainer("label_words", "inject", tmp_path, **{where: task.tokenize(rows, tiny.tokenizer(family))})
+        tiny.trainer("label_words", "inject", tmp_path, **{where: task.encode_rows(rows, tiny.tokenizer(family))})
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def blocks(planted, size):
 @pytest.mark.parametrize("response", ["", tiny.RESPONSE], ids=["recovery", "injection"])
 def test_planting_gives_a_block_for_each_trigger(name, response):
     _, task, clean = tiny.setting(name, 6)
-    text, answer = task.text_column, task.answer_column
+    text, answer = task.input_column, task.answer_column
     first, *others = blocks(plant(clean.add_column("note", ["x"] * 6), task, TRIGGERS, response, 0), 6)
     assert first[text] == clean[text] and first["planted"][:] == [""] * 6
     assert len(others) == 3

@@ -139,7 +139,7 @@ def test_a_search_that_was_asked_for_and_not_made_is_refused(options, tmp_path):
 
 
 def test_tokenized_rows_are_refused(tmp_path):
-    rows = tiny.task("label_words").tokenize(tiny.reviews(4), tiny.tokenizer("llama"))
+    rows = tiny.task("label_words").encode_rows(tiny.reviews(4), tiny.tokenizer("llama"))
     with pytest.raises(ValueError, match="train_dataset has input_ids"):
         searching("label_words", tmp_path, rows)
 

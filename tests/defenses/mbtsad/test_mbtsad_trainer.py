@@ -211,7 +211,7 @@ def test_what_can_not_work_is_refused_before_training(method, options, line, tmp
 
 
 def test_tokenized_rows_can_not_be_split(tmp_path):
-    rows = tiny.task("label_words").tokenize(tiny.reviews(4), tiny.tokenizer("llama"))
+    rows = tiny.task("label_words").encode_rows(tiny.reviews(4), tiny.tokenizer("llama"))
     with pytest.raises(ValueError, match="train_dataset has input_ids: pass raw rows"):
         tiny.trainer("label_words", "retrain", tmp_path, train_dataset=rows)
 

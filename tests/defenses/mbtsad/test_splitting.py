@@ -310,7 +310,7 @@ def test_only_the_user_s_text_is_split(name, keep):
     for number, feature in enumerate(features):
         row = rows[number // (2 + keep)]
         whole = task.encode(row, tokenizer)
-        user = len(tokenizer(row[task.text_column], add_special_tokens=False)["input_ids"])
+        user = len(tokenizer(row[task.input_column], add_special_tokens=False)["input_ids"])
         longer = len(feature["input_ids"]) - len(whole["input_ids"])
         before = {"sequence_classification": 1, "label_words": 2, "instruction_following": 2}[name]
         assert feature["input_ids"][:before] == whole["input_ids"][:before]
@@ -404,12 +404,12 @@ def test_the_stock_trainer_takes_it(name, tmp_path):
 def test_a_text_that_splitting_made_too_long_loses_its_end(name):
     family, task, rows = tiny.setting(name, 6)
     tokenizer = tiny.tokenizer(family)
-    texts, lengths = rows[task.text_column], [len(task.encode(row, tokenizer)["input_ids"]) for row in rows]
+    texts, lengths = rows[task.input_column], [len(task.encode(row, tokenizer)["input_ids"]) for row in rows]
     tokenizer.model_max_length = sorted(lengths)[2]
     for row, text, length in zip(rows, texts, lengths, strict=True):
         cut = cut_to_fit(row, task, tokenizer)
         assert len(task.encode(cut, tokenizer)["input_ids"]) == min(length, tokenizer.model_max_length)
-        assert text.startswith(cut[task.text_column]) and cut[task.answer_column] == row[task.answer_column]
+        assert text.startswith(cut[task.input_column]) and cut[task.answer_column] == row[task.answer_column]
 
 
 def test_a_character_of_several_tokens_is_not_cut_in_two():

@@ -80,3 +80,23 @@ def test_tied_embeddings_types_of_layers_and_precision_are_kept():
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(ValueError, match="^student layers are .*4 blocks, 0 to 3"):
         student_from_layers(deep("llama"), layers)
+
+
+# ---- Models in stages ----
+
+
+@pytest.mark.parametrize("layers, depths", [(1, [1, 1]), ([1, 2], [1, 2])])
+def test_a_resnet_s_student_answers_with_the_first_layers_of_each_stage(layers, depths):
+    teacher = tiny.resnet().eval()
+    student = student_from_layers(teacher, layers)
+    assert student.config.depths == depths and not student.training and teacher.config.depths == [2, 2]
+    for stage, depth in zip(teacher.resnet.encoder.stages, depths, strict=True):
+        stage.layers = stage.layers[:depth]
+    pixels = torch.randn(2, 3, 8, 8)
+    assert torch.equal(student(pixel_values=pixels).logits, teacher(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize("layers", [0, 3, [1], [1, 3]])
+def test_layers_that_a_stage_has_not_are_refused(layers):
+    with pytest.raises(ValueError, match="^student_layers is .*, and the suspect has stages of 2, 2 layers: choose"):
+        student_from_layers(tiny.resnet(), layers)

@@ -1,0 +1,55 @@
+"""The task that a model and a data set go together in, and the class that loads such models."""
+
+from collections.abc import Sequence
+
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from .images import ImageClassification
+from .mapping import column_names
+from .tasks import InstructionFollowing, LabelWords, SequenceClassification, Task
+
+
+def auto_class(model: PreTrainedModel) -> type:
+    """The auto class that loads models for what this one does."""
+    kinds = {
+        "SequenceClassification": AutoModelForSequenceClassification,
+        "ImageClassification": AutoModelForImageClassification,
+    }
+    return kinds.get(type(model).__name__.rpartition("For")[2], AutoModelForCausalLM)
+
+
+def infer_task(
+    model: PreTrainedModel,
+    dataset: Dataset | IterableDataset,
+    label_words: Sequence[str] | None = None,
+    prompt_template: str | None = None,
+) -> Task:
+    """The task that a model and a data set leave open, or one clear line about what is missing.
+
+    Raises:
+        `ValueError`: if the columns fit no task, or a causal LM is to classify and has no label words.
+    """
+    columns = set(column_names(dataset))
+    if {"prompt", "response"} <= columns:
+        return InstructionFollowing()
+    if {"image", "label"} <= columns:
+        return ImageClassification(model.config.num_labels)
+    if not {"text", "label"} <= columns:
+        raise ValueError(
+            f"the data set has columns {sorted(columns)}: name them 'text' and 'label' (classification), 'image' and 'label' "
+            "(images) or 'prompt' and 'response' (instructions)"
+        )
+    if auto_class(model) is AutoModelForSequenceClassification:
+        return SequenceClassification(model.config.num_labels)
+    if not label_words:
+        raise ValueError(
+            "label_words is not set: a causal LM classifies by one word a label, for example "
+            "label_words=[' negative', ' positive'], in the order of the labels"
+        )
+    return LabelWords(tuple(label_words), prompt_template or LabelWords.default_template)
