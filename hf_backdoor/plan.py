@@ -13,7 +13,7 @@ from .data import SequenceClassification
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .defenses.method import asked_for
 from .layers import check_layers
-from .models import needs_conversion, without_weights
+from .models import needs_conversion
 from .recipe import Recipe
 
 
@@ -56,14 +56,8 @@ def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in order.
 
     Raises:
-        `ValueError`: with one line, when a suspect has no weights, a model has not the layers that the recipe names, or a
-            student other tokens.
+        `ValueError`: with one line, when a model has not the layers that the recipe names, or a student other tokens.
     """
-    if not recipe.trains_suspect and without_weights(recipe.model_name_or_path):
-        raise ValueError(
-            f"model_name_or_path is {recipe.model_name_or_path!r}, a suspect without weights: name one that has some, or set "
-            "attack_trigger and target_label to train one"
-        )
     stages = _stages(recipe)
     check_layers(recipe, [stage_arguments(stage, recipe) for stage in stages])
     return stages

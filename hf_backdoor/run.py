@@ -28,7 +28,7 @@ from .defenses.engines import forget_engine
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
-from .models import load_processor, peak_memory, reset_peak_memory, versions
+from .models import load_processor, peak_memory, reset_peak_memory, versions, without_weights
 from .plan import Stage, base_model_name, lora_arguments, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -66,6 +66,12 @@ class Run:
         """
         recipe = self.recipe
         recipe.check_machine()
+        # The dry run is content with the configuration of a model that is not there yet.
+        if not recipe.trains_suspect and without_weights(recipe.model_name_or_path):
+            raise ValueError(
+                f"model_name_or_path is {recipe.model_name_or_path!r}, a suspect without weights: name one that has some, or "
+                "set attack_trigger and target_label to train one"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
         # Two processes that build one cache of a file at once trip over each other's temporary files.
