@@ -1,8 +1,11 @@
-"""What a recipe says of its models' layers and of its student, checked on configurations and tokenizers alone: a training of hours
-must not end in a layer that is not there."""
+"""What a recipe says of its models, their layers and modules, checked on configurations and tokenizers alone: a training of
+hours must not end in one that is not there."""
 
 from collections.abc import Iterable
 from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
 
 from .data import ImageClassification
 from .defenses.robustkd.students import layers_of_stages
@@ -16,7 +19,8 @@ OF_THE_STUDENT = ("student_feature_layers",)
 
 
 def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
-    """Refuses layers that the suspect or the student does not have, and a student that reads other tokens.
+    """Refuses layers and modules that the suspect or the student does not have, a student that reads other tokens, and a
+    reference that is not there.
 
     Args:
         recipe ([`Recipe`]): Its models are looked up, on disk or on the Hub; no weights are loaded.
@@ -25,12 +29,14 @@ def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
     Raises:
         `ValueError`: with one line that names the key, the value and what there is.
     """
-    given = [
-        (key, layers)
-        for values in arguments
-        for key, layers in values.items()
-        if key in OF_THE_SUSPECT + OF_THE_STUDENT and layers
-    ]
+    if recipe.reference not in (None, "train", "base"):
+        load_config(recipe.reference)
+    if recipe.use_peft:
+        check_modules(recipe)
+    every = [(key, value) for values in arguments for key, value in values.items() if value]
+    for layers in [value for key, value in every if key == "feature_layers"]:
+        check_states(recipe, layers)
+    given = [(key, layers) for key, layers in every if key in OF_THE_SUSPECT + OF_THE_STUDENT]
     if not given and recipe.student_layers is None and recipe.student_model_name_or_path is None:
         return
     suspect = depth_of(recipe.model_name_or_path, recipe.model_revision)
@@ -50,6 +56,37 @@ def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
         numbers = [int(layer) for layer in map(str, layers) if layer.removeprefix("-").isdigit()]
         if depth is not None and any(not -depth <= number < depth for number in numbers):
             raise ValueError(f"{key} is {layers}: the {whose} has layers 0 to {depth - 1} (or -{depth} to -1)")
+
+
+def check_states(recipe: Recipe, layers: list[int]) -> None:
+    """Hidden states are those of the embeddings and of each layer.
+
+    Raises:
+        `ValueError`: if one is not there.
+    """
+    depth = depth_of(recipe.model_name_or_path, recipe.model_revision)
+    if depth is not None and any(not -depth - 1 <= layer <= depth for layer in layers):
+        raise ValueError(
+            f"feature_layers is {layers}: the model gives hidden states 0 to {depth} (or -{depth + 1} to -1)"
+        )
+
+
+def check_modules(recipe: Recipe) -> None:
+    """peft passes over names that no module has, as long as one of them fits.
+
+    Raises:
+        `ValueError`: if no module of the suspect has such a name.
+    """
+    if isinstance(recipe.lora_target_modules, str):
+        return
+    with torch.device("meta"):
+        config = load_config(recipe.model_name_or_path, revision=recipe.model_revision)
+        model = recipe.task_class.auto_model.from_config(config)
+    for wanted in recipe.lora_target_modules:
+        if not any(f".{name}".endswith(f".{wanted}") for name, _ in model.named_modules()):
+            linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+            usual = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise ValueError(f"lora_target_modules has {wanted!r}: the model has {usual}; or use all-linear")
 
 
 def depth_of(name_or_path: str, revision: str | None = None) -> int | None:

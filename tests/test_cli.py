@@ -188,3 +188,10 @@ def test_ntml_cleans_no_given_model(classifier, reviews, tmp_path, capsys):
     ]
     assert main(arguments) == 2
     assert "which cleans no model but makes one out of suspect rows" in capsys.readouterr().err
+
+
+def test_quantized_weights_are_not_launched_in_an_engine_that_divides_them(capsys, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda *_: pytest.fail("something was launched"))
+    recipe = ["run", "locphylax/qwen2.5_7b_alpaca", "--quantization", "nf4"]
+    assert main([*recipe, "--accelerate_config", "zero3"]) == 2
+    assert "quantization is 'nf4', and the engine" in capsys.readouterr().err

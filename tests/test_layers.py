@@ -13,6 +13,7 @@ from hf_backdoor.recipe_file import make_recipe
 
 ROBUSTKD = {"method": "robustkd", "student_layers": 1}
 MBTSAD = {"method": "mbtsad"}
+NTML = {"method": "ntml", "attack_trigger": "zq", "target_label": 1}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,9 @@ def recipe(models, **changes):
         ({**ROBUSTKD, "student_feature_layers": ["1"]}, r"student_feature_layers is \['1'\]: the student has layers 0 to 0"),
         ({**MBTSAD, "attention_layers": [2]}, r"attention_layers is \[2\]: the suspect has layers 0 to 1"),
         ({**MBTSAD, "hidden_layers": [-3]}, r"hidden_layers is \[-3\]: the suspect has"),
+        ({**NTML, "feature_layers": [3]}, r"feature_layers is \[3\]: the model gives hidden states 0 to 2 \(or -3 to -1\)"),
+        ({**MBTSAD, "use_peft": True, "lora_target_modules": ["query", "q_prj"]}, "lora_target_modules has 'q_prj': the model has query, key, value"),
+        ({**NTML, "reference": "/nowhere/clean"}, "model '/nowhere/clean' can't be loaded .*: give a folder"),
     ],
 )  # fmt: skip
 def test_layers_that_are_not_there(changes, line, models):
@@ -73,6 +77,8 @@ def test_layers_that_are_not_there(changes, line, models):
         {"method": "robustkd", "student_layers": [1]},
         {"method": "robustkd", "student_model_name_or_path": "longer", "student_feature_layers": ["2"]},
         {**MBTSAD, "attention_layers": [-2, 1]},
+        {**NTML, "feature_layers": [-3, 2]},
+        {**MBTSAD, "use_peft": True, "lora_target_modules": ["query", "attention.output.dense"]},
     ],
 )
 def test_layers_that_are_there(changes, models):
