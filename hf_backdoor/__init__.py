@@ -34,6 +34,7 @@ _HOMES = {
     "RobustKDTrainer": "defenses.robustkd",
     "TestSet": "evaluation",
     "Trigger": "data",
+    "TriggerSearchTrainer": "defenses.locphylax",
     "defend": "defenses",
     "evaluate_backdoor": "evaluation",
     "feature_variance": "inspection",
