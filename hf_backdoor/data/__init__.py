@@ -1,7 +1,7 @@
 """Tasks, triggers, loading and the batch contract: what both sides of the suite build on."""
 
 from .blocks import find_blocks
-from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for
+from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for, given_labels
 from .image_triggers import ImageTrigger
 from .images import ImageClassification, moved, pixels_digest
 from .infer import auto_class, infer_task
@@ -36,6 +36,7 @@ __all__ = [
     "Trigger",
     "auto_class",
     "class_logits",
+    "given_labels",
     "collator_for",
     "column_names",
     "encoded",

@@ -136,3 +136,17 @@ def class_logits(logits: Tensor, batch: dict[str, Tensor], word_ids: Sequence[in
     # Logits may be cut to the last positions: count from the end.
     from_end = batch["input_ids"].shape[1] - batch["readout_position"]
     return logits[torch.arange(len(logits), device=logits.device), logits.shape[1] - from_end][:, word_ids].float()
+
+
+def given_labels(labels: Tensor, word_ids: Tensor | None) -> Tensor:
+    """The class that each row came with, [B], 0 to K - 1.
+
+    Args:
+        labels (`Tensor`): [B] of a classification head, or [B, A], an answer's tokens and -100 elsewhere.
+        word_ids (`Tensor`, *optional*): [K], first tokens of the label words; none for a head.
+    """
+    if word_ids is None:
+        return labels
+    first = (labels != -100).int().argmax(dim=1)
+    answers = labels[torch.arange(len(labels), device=labels.device), first]
+    return (answers[:, None] == word_ids).int().argmax(dim=1)

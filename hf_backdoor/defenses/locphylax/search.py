@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
-from ...data import InstructionFollowing, LabelWords, Trigger, class_logits, row_rng
+from ...data import InstructionFollowing, LabelWords, Trigger, class_logits, given_labels, row_rng
 from ..engines import zero3_launched
 from ..trainer import DefenseTrainer
 from .config import LocphylaxConfig
@@ -147,7 +147,7 @@ class TriggerSearchTrainer(DefenseTrainer):
         if isinstance(self.task, LabelWords):
             words = torch.tensor(self.task.word_ids(self.processing_class), device=logits.device)
         classes = class_logits(logits, batch, words).log_softmax(dim=1)
-        wrong = torch.ones_like(classes).scatter(1, given_classes(batch["labels"], words)[:, None], 0.0)
+        wrong = torch.ones_like(classes).scatter(1, given_labels(batch["labels"], words)[:, None], 0.0)
         return classes, wrong
 
     def _words(self) -> Tensor:
@@ -256,15 +256,6 @@ def best_of_each(effects: dict[str, Tensor], number: int) -> list[tuple[str, int
         for aim in aims:
             found.setdefault(texts[place[aim]], aim)
     return list(found.items())[:number]
-
-
-def given_classes(labels: Tensor, words: Tensor | None) -> Tensor:
-    """[B], 0 to K - 1: the class of each row's answer."""
-    if words is None:
-        return labels
-    first = (labels != -100).int().argmax(dim=1)
-    answers = labels[torch.arange(len(labels), device=labels.device), first]
-    return (answers[:, None] == words).int().argmax(dim=1)
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:

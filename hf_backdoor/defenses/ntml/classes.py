@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ...data import InstructionFollowing, LabelWords, Task, class_logits, row_lengths
+from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
 from ..engines import zero3_launched
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
@@ -84,12 +84,7 @@ class ClassTrainer(DefenseTrainer):
 
     def given_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """[B], 0 to K - 1: the label that each row came with."""
-        labels = inputs["labels"]
-        if self.word_ids is None:
-            return labels
-        first = (labels != -100).int().argmax(dim=1)
-        answers = labels[torch.arange(len(labels), device=labels.device), first]
-        return (answers[:, None] == self.word_ids).int().argmax(dim=1)
+        return given_labels(inputs["labels"], self.word_ids)
 
     @torch.no_grad()
     def over_rows(self, dataset: Dataset, work: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
