@@ -3,7 +3,7 @@
     python benchmarks/efficacy.py --data ../shared/data --minilm FOLDER --smollm2 FOLDER [--method locphylax]
 
 A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
-kept, a killed one goes on where it stopped, and weights of a finished cell are deleted. Writes one `results.json` a cell and
+kept, a killed one goes on where it stopped, and the folder of a finished cell is deleted. Writes one `results.json` a cell and
 the table to `benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
 (`docs/METHOD.md` says how).
 """
@@ -118,8 +118,7 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     results.rows += suspicion_rows(folder, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     results.save(target)
-    for weights in folder.rglob("*.safetensors"):
-        weights.unlink()
+    shutil.rmtree(folder)
 
 
 def suspicion_rows(folder: Path, seed: int) -> list[Row]:

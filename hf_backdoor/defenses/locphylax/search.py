@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
@@ -121,7 +122,13 @@ class TriggerSearchTrainer(DefenseTrainer):
         words, aims = self._words(), getattr(self.task, "num_labels", 1)
         tried: dict[str, Tensor] = {}
         tokens_of: dict[str, Tokens] = {}
-        for length in range(1, self.args.searched_tokens + 1):
+        lengths = range(1, self.args.searched_tokens + 1)
+        progress = tqdm(
+            total=len(lengths) * ROUNDS,
+            desc="Searching",
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        for length in lengths:
             # From scratch, and the best so far with one token more.
             drawn = words[torch.randint(len(words), (2 * BEAM, length), generator=generator)].tolist()
             beam = [(tuple(tokens), number % aims) for number, tokens in enumerate(drawn)]
@@ -134,6 +141,9 @@ class TriggerSearchTrainer(DefenseTrainer):
                 tried |= self._effects([text for text, _ in best_of_each(first, FINALISTS) if text not in tried], ROWS)
                 here = {text: effect for text, effect in tried.items() if len(tokens_of[text]) == length}
                 beam = [(tokens_of[text], aim) for text, aim in best_of_each(here, BEAM)]
+                progress.set_postfix_str(repr(strongest(tried)[0]), refresh=False)
+                progress.update()
+        progress.close()
         return tried
 
     def _aims(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
