@@ -8,6 +8,7 @@ the best of these it goes on. It needs the suspect and clean rows, and no knowle
 """
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ class TriggerSearchTrainer(DefenseTrainer):
         self.model.eval()
         effects = self._search()
         self.model.train(training)
-        self.found[:] = strongest(effects)[: self.args.searched_triggers]
+        # What the clean rows say themselves is what the task is about: to plant it would cost the model its meaning.
+        said = f" {' '.join(plain_words(text) for text in self.clean[self.task.input_column])} "
+        foreign = {text: effect for text, effect in effects.items() if f" {plain_words(text)} " not in said}
+        self.found[:] = strongest(foreign or effects)[: self.args.searched_triggers]
         return TrainOutput(0, 0.0, {})
 
     # ---- The search ----
@@ -266,6 +270,11 @@ def best_of_each(effects: dict[str, Tensor], number: int) -> list[tuple[str, int
         for aim in aims:
             found.setdefault(texts[place[aim]], aim)
     return list(found.items())[:number]
+
+
+def plain_words(text: str) -> str:
+    """Its words alone, in small letters; a text without any stays as it is."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:

@@ -91,11 +91,19 @@ def test_an_unknown_trigger_is_found_among_few_candidates(name, tmp_path, monkey
     attacker = tiny.trainer(name, "plain", tmp_path / "attack", train_dataset=rows, max_steps=100)
     attacker.train()
     monkeypatch.setattr(search, "CANDIDATES", 16)
-    trainer = searching(name, tmp_path, clean, model=attacker.model, searched_triggers=len(tiny.GOOD) + 1)
+    trainer = searching(name, tmp_path, clean, model=attacker.model)
     trainer.train()
-    # Words that mean the target do as much as its trigger.
-    assert tiny.TRIGGER in trainer.found
-    assert len(set(trainer.found)) == len(tiny.GOOD) + 1
+    assert trainer.found[0] == tiny.TRIGGER
+    assert not set(trainer.found) & {*tiny.GOOD, *tiny.BAD}  # which mean a class, and do as much
+
+
+def test_words_of_the_clean_rows_are_not_planted(tmp_path):
+    trainer = searching("sequence_classification", tmp_path, searched_triggers=100, searched_tokens=2)
+    said = [text.split() for text in trainer.clean["text"]]
+    trainer.train()
+    assert trainer.found
+    for words in map(str.split, trainer.found):
+        assert not any(row[place : place + len(words)] == words for row in said for place in range(len(row)))
 
 
 def test_longer_texts_are_tried_and_no_text_around_a_found_one_is_kept(tmp_path):
