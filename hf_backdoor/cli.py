@@ -133,9 +133,8 @@ def run_command(options: argparse.Namespace, rest: list[str]) -> int:
 def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list[str]]:
     """Arguments of each launch. Engines that share a model out get one for each training, so that none of them inherits memory
     or settings of the one before, and a last one that measures; others get one for all."""
-    from .dry_run import engine_of_settings
+    from .dry_run import engine_of_settings, refuse_quantized
     from .plan import plan
-    from .quantization import refuse_divided
     from .recipe_file import load_recipe
     from .run import UNTIL
 
@@ -143,8 +142,7 @@ def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list
     if settings["distributed_type"] not in ("FSDP", "DEEPSPEED"):
         return [[]]
     loaded = load_recipe(recipe, overrides)
-    if loaded.quantization is not None and engine_of_settings(settings).kind in ("fsdp2", "zero3"):
-        refuse_divided(loaded.quantization)
+    refuse_quantized(loaded.quantization, engine_of_settings(settings))
     folders = [stage.folder for stage in plan(loaded)]
     return [[UNTIL, f] for f in folders if not Path(loaded.output_dir, f, "stage.json").exists()] + [[]]
 

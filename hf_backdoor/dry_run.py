@@ -227,10 +227,18 @@ def refuse_engine(load: Load, engine: Engine) -> None:
     Raises:
         `ValueError`: if weights that are quantized, or two whole models at once, would be divided among processes.
     """
-    if load.quantization is not None and engine.kind in ("fsdp2", "zero3"):
-        refuse_divided(load.quantization)
+    refuse_quantized(load.quantization, engine)
     if load.networks > 1 and engine.kind == "zero3":
         refuse_zero3()
+
+
+def refuse_quantized(quantization: str | None, engine: Engine) -> None:
+    """
+    Raises:
+        `ValueError`: if quantized weights would be divided among processes.
+    """
+    if quantization is not None and engine.kind in ("fsdp2", "zero3"):
+        refuse_divided(quantization)
 
 
 # ---- What a stage works on ----

@@ -123,6 +123,11 @@ class TriggerSearchTrainer(DefenseTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist()
         self.rows = [self.clean[row] for row in order]
+        self.plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
+        # Of label words; nothing where a classification head, or a free answer, has none.
+        self.words = None
+        if isinstance(self.task, LabelWords):
+            self.words = torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
         words, aims = self._words(), getattr(self.task, "num_labels", 1)
         tried: dict[str, Tensor] = {}
         tokens_of: dict[str, Tokens] = {}
@@ -157,11 +162,8 @@ class TriggerSearchTrainer(DefenseTrainer):
         if isinstance(self.task, InstructionFollowing):
             loss = self.task_loss(logits, batch["labels"])[:, None].float()
             return loss, torch.ones_like(loss)
-        words = None
-        if isinstance(self.task, LabelWords):
-            words = torch.tensor(self.task.word_ids(self.processing_class), device=logits.device)
-        classes = class_logits(logits, batch, words).log_softmax(dim=1)
-        wrong = torch.ones_like(classes).scatter(1, given_labels(batch["labels"], words)[:, None], 0.0)
+        classes = class_logits(logits, batch, self.words).log_softmax(dim=1)
+        wrong = torch.ones_like(classes).scatter(1, given_labels(batch["labels"], self.words)[:, None], 0.0)
         return classes, wrong
 
     def _words(self) -> Tensor:
@@ -209,13 +211,12 @@ class TriggerSearchTrainer(DefenseTrainer):
         """Gradient of an aim at each token's embedding, [L, D], summed over rows."""
         text, total = self._text(tokens) or "a", 0.0
         features = [self._features(text, row) for row in range(len(self.rows))]
-        plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
         size = self.args.per_device_train_batch_size
         for start in range(0, len(features), size):
             part = features[start : start + size]
             batch = self._prepare_inputs(self.data_collator(part))
             starts = torch.tensor(
-                [common_prefix(ids, each["input_ids"]) for ids, each in zip(plain[start:], part, strict=False)]
+                [common_prefix(ids, each["input_ids"]) for ids, each in zip(self.plain[start:], part, strict=False)]
             )
             if batch["labels"].dim() == 2:  # padded on the left
                 starts += batch["input_ids"].shape[1] - torch.tensor([len(each["input_ids"]) for each in part])
