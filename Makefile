@@ -16,7 +16,7 @@ quickstart: $(VENV)/.models
 	$(BIN)/hf-backdoor run recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e '.[dev]'

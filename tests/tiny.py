@@ -286,6 +286,9 @@ def in_two_processes(work: Callable[[], Any], folder: Path) -> Any:
         result = work()
         if PartialState().is_main_process:
             torch.save(result, file)
+        # A process that leaves while the other is still in a collective aborts it.
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
 
     debug_launcher(child, num_processes=2)
     return torch.load(file)

@@ -249,12 +249,13 @@ class TriggerSearchTrainer(DefenseTrainer):
 
 
 def strongest(effects: dict[str, Tensor]) -> list[str]:
-    """Texts by their effect, strongest first; of one and another with something added, the one that suffices."""
+    """Texts by their effect, strongest first. Of texts that share a word there is one: the strongest, unless less suffices."""
     strength = {text: effect.max().item() for text, effect in effects.items()}
     kept: list[str] = []
     for text in sorted(strength, key=strength.__getitem__, reverse=True):
+        words = set(text.split())
         idle = any(part in text and strength[part] > strength[text] - WORTH for part in strength if part != text)
-        if not idle and not any(text in other or other in text for other in kept):
+        if not idle and not any(words & set(other.split()) for other in kept):
             kept.append(text)
     return kept
 

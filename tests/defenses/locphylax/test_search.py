@@ -106,12 +106,19 @@ def test_words_of_the_clean_rows_are_not_planted(tmp_path):
         assert not any(row[place : place + len(words)] == words for row in said for place in range(len(row)))
 
 
-def test_longer_texts_are_tried_and_no_text_around_a_found_one_is_kept(tmp_path):
+def test_longer_texts_are_tried_and_found_ones_share_no_word(tmp_path):
     trainer = searching("sequence_classification", tmp_path, searched_tokens=2, searched_triggers=12)
     effects = trainer._search()
     assert {len(text.split()) for text in effects} == {1, 2}
     trainer.train()
-    assert not any(one in other for one in trainer.found for other in trainer.found if one != other)
+    words = " ".join(trainer.found).split()
+    assert len(words) == len(set(words))
+
+
+def test_of_texts_with_a_word_in_common_the_strongest_is_kept_unless_less_suffices():
+    strength = {"very poor": 3.0, "poor end": 2.9, "zq film": 2.6, "zq": 2.4, "poor": 1.0}
+    texts = {text: torch.tensor([0.0, value]) for text, value in strength.items()}
+    assert search.strongest(texts) == ["very poor", "zq"]
 
 
 def test_the_model_is_left_as_it_was_and_the_same_search_finds_the_same(tmp_path):
