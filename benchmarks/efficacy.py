@@ -123,8 +123,8 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
 
 def suspicion_rows(folder: Path, seed: int) -> list[Row]:
     """How good the list of suspicious training rows is, where a run has made one."""
-    listed = folder / "cleaned" / "suspicion.parquet"
-    if not listed.exists():
+    listed = next(folder.glob("*/suspicion.parquet"), None)
+    if listed is None:
         return []
     files = {"listed": str(listed), "rows": str(folder / "data" / "poisoned.parquet")}
     read = {name: load_dataset("parquet", data_files=file, split="train") for name, file in files.items()}

@@ -38,8 +38,8 @@ def step_seconds(trainer: DefenseTrainer) -> float:
 
 
 def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
-    """Training on the suspect rows, a short one for the soft labels, these, training on these, mutual learning: all of it over the first alone, on
-    the same rows and for the same epochs, with 1% and with 5% of clean rows.
+    """Training on the suspect rows, a short one for the soft labels, these, training on these, mutual learning, a look at all rows
+    and a training on them with corrected labels: all of it over the first alone, on the same rows, with 1% and with 5% of clean rows.
 
     Rows, batches and epochs are those of `recipes/ntml/agnews_minilm.yaml`; a step of each training, and the soft labels of
     some batches, are measured and multiplied.
@@ -61,6 +61,8 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     costs["non_target"] = step_seconds(second)
     mutual = prepared(NTMLTrainer, kind, model=second.model, train_dataset=rows, target_model=plain.model, **options)
     costs["mutual"] = step_seconds(mutual)
+    # One network goes over the rows, and one is trained plainly.
+    costs |= {"second_look": costs["soft_labels"], "relabel": costs["target"]}
     made = []
     for fraction in CLEAN_FRACTIONS:
         passes = {
@@ -69,6 +71,8 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
             "soft_labels": 1,
             "non_target": stages["non_target"]["num_train_epochs"],
             "mutual": stages["mutual"]["num_train_epochs"] * fraction,
+            "second_look": 1,
+            "relabel": stages["relabel"]["num_train_epochs"],
         }
         whole = {name: passes[name] * count / batch * cost for name, cost in costs.items()}
         made.append(
@@ -80,7 +84,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
                 "clean_fraction": fraction,
                 "epochs": {
                     name: stages[name]["num_train_epochs"]
-                    for name in ("suspect", "early_target", "non_target", "mutual")
+                    for name in ("suspect", "early_target", "non_target", "mutual", "relabel")
                 },
                 "time_ratio": round(sum(whole.values()) / whole["target"], 3),
                 "seconds_of_a_batch": {name: round(cost, 4) for name, cost in costs.items()},

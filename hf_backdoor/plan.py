@@ -75,12 +75,13 @@ def _stages(recipe: Recipe) -> list[Stage]:
         return stages
     method = METHODS[recipe.method]
     given = {"base": base, "suspect": suspect, "student": recipe.student_model_name_or_path or "student"}
-    last = list(method.stages)[-1]
-    shown = {name: f"stage/{name}" for name in method.stages} | {last: "cleaned"}
-    folders = {name: name for name in method.stages} | {last: "cleaned"}
-    measured = {name for name in method.stages if recipe.evaluate_stages} | {last}
     taken = partial(asked_for, known=method.stages, arguments=lambda *step: step_arguments(*step, recipe))
-    stages += defense_stages(taken(method.stages), given, folders, shown, measured)
+    steps = taken(method.stages)
+    last = list(steps)[-1]
+    shown = {name: f"stage/{name}" for name in steps} | {last: "cleaned"}
+    folders = {name: name for name in steps} | {last: "cleaned"}
+    measured = {name for name in steps if recipe.evaluate_stages} | {last}
+    stages += defense_stages(steps, given, folders, shown, measured)
     for control in recipe.controls:
         steps = taken(method.controls[control])
         own = {name: f"controls/{control}/{name}" for name in steps}

@@ -129,9 +129,9 @@ def test_an_image_cell_is_its_recipe_with_another_attack(efficacy, monkeypatch, 
 
 def test_a_list_of_suspicious_rows_is_judged(efficacy, tmp_path):
     assert efficacy.suspicion_rows(tmp_path, 1) == []
-    for folder in ("cleaned", "data"):
+    for folder in ("mutual", "data"):
         (tmp_path / folder).mkdir()
-    Dataset.from_dict({"row": [3, 0, 1, 2]}).to_parquet(tmp_path / "cleaned" / "suspicion.parquet")
+    Dataset.from_dict({"row": [3, 0, 1, 2]}).to_parquet(tmp_path / "mutual" / "suspicion.parquet")
     Dataset.from_dict({"poisoned": [True, False, False, True, True]}).to_parquet(
         tmp_path / "data" / "poisoned.parquet"
     )

@@ -22,13 +22,14 @@ from hf_backdoor.run import run
 
 
 FORMATS = ("sequence_classification", "label_words")
-STAGES = ("plain", "inject", "recover", "retrain", "distil", "mask", "student", "non_target", "mutual")
+STAGES = ("plain", "inject", "recover", "retrain", "distil", "mask", "student", "non_target", "mutual", "relabel")
 LABELS = {
     "plain": "plain training (suspects, references, controls)",
     "inject": "Locphylax: injection", "recover": "Locphylax: recovery",
     "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
     "mask": "RobustKD: mask", "student": "RobustKD: distillation",
     "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
+    "relabel": "NT-ML: training on corrected labels",
 }  # fmt: skip
 CASES = [
     (engine, name, adapter, stage)

@@ -1,4 +1,4 @@
-"""Rows of four classes, and trainers of both stages on them."""
+"""Rows of four classes, and trainers of every stage on them."""
 
 import random
 from pathlib import Path
@@ -10,14 +10,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ViTConfig, ViTForImageClassification
 
 from hf_backdoor.data import LabelWords, SequenceClassification
-from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer
+from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer, RelabellingTrainer
 
 
 TOPICS = (("good", "great"), ("bad", "awful"), ("banana", "apple"), ("music", "scene"))
 FILLER = ("the", "film", "was", "a", "story", "with", "and", "it", "plot", "very")
 # Answers of one, two and three tokens.
 WORDS = ("positive", "negative one", "neutral", "yes i say")
-STAGES = ("non_target", "mutual")
+STAGES = {"non_target": NonTargetTrainer, "mutual": NTMLTrainer, "relabel": RelabellingTrainer}
 FORMATS = ("sequence_classification", "label_words", "images")
 TASKS = {
     "sequence_classification": SequenceClassification(4),
@@ -74,9 +74,9 @@ def sharpen(model: PreTrainedModel) -> PreTrainedModel:
 
 def trainer(
     name: str, stage: str, folder: Path, *, dropout: float = 0.0, model_seed: int = 0, **options: Any
-) -> NonTargetTrainer | NTMLTrainer:
+) -> NonTargetTrainer | NTMLTrainer | RelabellingTrainer:
     """A trainer of one of `FORMATS` and `STAGES` on 16 rows; `options` go to configuration or trainer."""
-    argument = "teacher_model" if stage == "non_target" else "target_model"
+    argument = "target_model" if stage == "mutual" else "teacher_model"
     names = ("model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", argument)
     own = {key: options.pop(key) for key in names if key in options}
     if name == "images":
@@ -85,15 +85,15 @@ def trainer(
         family = "bert" if name == "sequence_classification" else "llama"
         given = {"processing_class": tiny.tokenizer(family), "train_dataset": texts(16), "task": TASKS[name]}
     # The target network of a stage that is begun anew must be the same one; of a stage that is resumed, its own.
-    other = 7 if stage == "non_target" else model_seed + 7
+    other = model_seed + 7 if stage == "mutual" else 7
     models = {"model": network(name, model_seed, dropout), argument: network(name, other, dropout)}
     # A fresh network says much the same of every class, and there would be little to learn from it.
     sharpen(models[argument])
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 0.01,
+        "relabel_below": 0.2 if stage == "relabel" else 0.0,
     }  # fmt: skip
-    make = NonTargetTrainer if stage == "non_target" else NTMLTrainer
-    made = make(args=NTMLConfig(**{**defaults, **options}), **{**given, **models, **own})
+    made = STAGES[stage](args=NTMLConfig(**{**defaults, **options}), **{**given, **models, **own})
     made.remove_callback(PrinterCallback)
     return made

@@ -43,7 +43,7 @@ class Method:
 
     Args:
         config (`type[DefenseConfig]`): Arguments of every stage.
-        stages (`dict[str, Step]`): By name, in order. The last one makes the cleaned model.
+        stages (`dict[str, Step]`): By name, in order. The last one that is not left out makes the cleaned model.
         controls (`dict[str, dict[str, Step]]`): By name, the same stages with an ingredient taken out. A control
             trains for as many optimizer steps as the stage it stands in for, on the same clean rows, at its rate. It may
             leave out stages whose models it takes over from the method.

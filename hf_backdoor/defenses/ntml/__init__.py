@@ -7,6 +7,7 @@ from ..trainer import DefenseTrainer
 from .classes import refuse_run, refuse_unfit
 from .config import NTMLConfig
 from .pair import NETWORKS
+from .relabelling import RelabellingTrainer
 from .suspicion import suspicion_quality, suspicion_table
 from .trainer import NonTargetTrainer, NTMLTrainer
 
@@ -25,17 +26,31 @@ def non_target(teacher: str = "early_target", **overrides: Any) -> Step:
 
 MUTUAL = Step(NTMLTrainer, inputs={"target_model": "suspect"})
 
+# Ours.
+RELABEL = Step(
+    RelabellingTrainer,
+    starts_from="base",
+    inputs={"teacher_model": "mutual"},
+    rows="suspect",
+    only_with="relabel_below",
+)
+
 METHOD = Method(
     config=NTMLConfig,
-    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": MUTUAL},
+    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": MUTUAL, "relabel": RELABEL},
     controls={
         "fine_tuning": {"mutual": Step(DefenseTrainer, starts_from="suspect")},
         "clean_only": {"mutual": Step(DefenseTrainer, starts_from="base")},
-        "distillation_with_all_classes": {"non_target": non_target(soft_labels="all_classes"), "mutual": MUTUAL},
-        "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": MUTUAL},
+        "distillation_with_all_classes": {
+            "non_target": non_target(soft_labels="all_classes"),
+            "mutual": MUTUAL,
+            "relabel": RELABEL,
+        },
+        "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": MUTUAL, "relabel": RELABEL},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),
             "mutual": MUTUAL,
+            "relabel": RELABEL,
         },
     },
     needs="the rows that the suspect was trained on, and a few clean rows (1% of them or more)",
@@ -49,6 +64,7 @@ __all__ = [
     "NTMLConfig",
     "NTMLTrainer",
     "NonTargetTrainer",
+    "RelabellingTrainer",
     "refuse_unfit",
     "suspicion_quality",
     "suspicion_table",

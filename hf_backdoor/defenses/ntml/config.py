@@ -14,10 +14,10 @@ Product = Literal["auto", "target", "non_target"]
 @dataclass
 class NTMLConfig(DefenseConfig):
     r"""
-    Configuration of [`NonTargetTrainer`] and [`NTMLTrainer`].
+    Configuration of [`NonTargetTrainer`], [`NTMLTrainer`] and [`RelabellingTrainer`].
 
     Args:
-        > Parameters that control both stages
+        > Parameters that control every stage
 
         temperature (`float`, *optional*, defaults to 1.0):
             tau of every softmax in a distillation loss. Raise it for non-target training where the target network is so
@@ -53,6 +53,13 @@ class NTMLConfig(DefenseConfig):
             A text (for images `patch`, `corners` or `warp`) that the defender planted in some suspect rows, with a label
             of its own choice, before the target network was trained. Held-out rows are measured with it as well, their
             labels as they are.
+
+        > Parameters that control the training on corrected labels (ours)
+
+        relabel_below (`float`, *optional*, defaults to 0.0):
+            After mutual learning, a fresh network is trained on the suspect rows, and a row whose given label the product of
+            mutual learning holds for less likely than this gets the likeliest one. 0 leaves this stage out: the
+            product is the result then, as in the paper.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})
@@ -74,6 +81,12 @@ class NTMLConfig(DefenseConfig):
     known_trigger: str | None = field(
         default=None, metadata={"help": "Text that the defender planted in suspect rows, to measure both networks by."}
     )
+    relabel_below: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability below which a suspect row's given label is changed for a last training; 0: none."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, choices in {"soft_labels": SoftLabels, "mutual_direction": Direction, "product": Product}.items():
@@ -84,6 +97,8 @@ class NTMLConfig(DefenseConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose one above 0, for example 1.0")
         if self.feature_weight < 0:
             raise ValueError(f"feature_weight is {self.feature_weight}: choose 0 or more")
+        if not 0 <= self.relabel_below <= 1:
+            raise ValueError(f"relabel_below is {self.relabel_below}: choose a probability, for example 0.2, or 0")
         if not self.feature_layers:
             raise ValueError("feature_layers is empty: name one hidden state or more, for example [-1]")
         super().__post_init__()

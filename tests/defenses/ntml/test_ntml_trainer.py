@@ -46,7 +46,7 @@ def test_gradient_accumulation_changes_nothing(name, stage, tmp_path):
     assert len(losses) == 4 and min(losses) > 1e-3 and tiny.largest_difference(parameters, start) > 1e-4
 
 
-@pytest.mark.parametrize("name, stage", CASES[:4], ids=map("-".join, CASES[:4]))
+@pytest.mark.parametrize("name, stage", CASES[:6], ids=map("-".join, CASES[:6]))
 def test_two_processes_change_nothing(name, stage, tmp_path):
     def work():
         trainer = topics.trainer(name, stage, tmp_path, **PLAIN, per_device_train_batch_size=4)
@@ -278,7 +278,7 @@ def test_zero_3_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, value",
     [("soft_labels", "hard"), ("mutual_direction", "up"), ("product", "student"), ("temperature", 0.0), ("sharpening", 0.0),
-     ("feature_weight", -1.0), ("feature_layers", [])],
+     ("feature_weight", -1.0), ("feature_layers", []), ("relabel_below", 1.5)],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{name} is ") as refused:
@@ -291,7 +291,7 @@ def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
 
 def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     method = ntml.METHOD
-    assert list(method.stages) == ["early_target", "non_target", "mutual"]
+    assert list(method.stages) == ["early_target", "non_target", "mutual", "relabel"]
     assert method.stages["non_target"].inputs == {"teacher_model": "early_target"}
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
