@@ -33,6 +33,7 @@ _HOMES = {
     "Results": "evaluation",
     "RobustKDConfig": "defenses.robustkd",
     "RobustKDTrainer": "defenses.robustkd",
+    "SoftTriggerTrainer": "defenses.locphylax",
     "TestSet": "evaluation",
     "Trigger": "data",
     "TriggerSearchTrainer": "defenses.locphylax",

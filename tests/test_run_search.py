@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from hf_backdoor.defenses import METHODS, defend
-from hf_backdoor.defenses.locphylax import FoundTriggers
+from hf_backdoor.defenses.locphylax import FoundTriggers, SoftTriggers
 from hf_backdoor.plan import plan
 from hf_backdoor.recipe_file import load_recipe
 from hf_backdoor.run import Run
@@ -19,7 +19,9 @@ CONTROLS = ["recovery_without_injection", "known_triggers_alone"]
 def recipe(tmp_path):
     more = {"method": "locphylax", "known_triggers": list(tiny.KNOWN[:2]), "controls": CONTROLS, "max_steps": 2}
     file = tiny.classifier_recipe(tmp_path, **more)
-    return lambda searched: load_recipe(file, ["--searched_triggers", str(searched)])
+    return lambda searched, soft=0: load_recipe(
+        file, ["--searched_triggers", str(searched), "--soft_triggers", str(soft)]
+    )
 
 
 def test_what_was_not_asked_for_is_not_planned(recipe):
@@ -27,6 +29,9 @@ def test_what_was_not_asked_for_is_not_planned(recipe):
     plain = {stage.folder: stage.inputs for stage in plan(recipe(0))}
     assert set(searched) - set(plain) == {"search"}
     assert not any(plain.values())
+    soft = {stage.folder: stage.inputs for stage in plan(recipe(0, 2))}
+    assert set(soft) - set(plain) == {"soft_search"}
+    assert soft["inject"] == soft["cleaned"] == {"found_soft_triggers": "soft_search"}
     found = {"found_triggers": "search"}
     assert {folder for folder, inputs in searched.items() if inputs == found} == {
         "inject", "cleaned", "controls/recovery_without_injection/inject", "controls/recovery_without_injection/recover",
@@ -34,10 +39,10 @@ def test_what_was_not_asked_for_is_not_planned(recipe):
 
 
 def test_a_run_plants_what_it_found(recipe):
-    whole = Run(recipe(3))
+    whole = Run(recipe(3, 2))
     results = whole.execute()
     found = FoundTriggers.from_pretrained(whole.folder / "search")
-    assert len(found) == 3
+    assert len(found) == 3 and len(SoftTriggers.from_pretrained(whole.folder / "soft_search")) == 2
     assert {row.model for row in results.rows} >= {
         "suspect",
         "stage/inject",
@@ -45,12 +50,12 @@ def test_a_run_plants_what_it_found(recipe):
         *(f"control/{c}" for c in CONTROLS),
     }
     assert "stage/search" not in {row.model for row in results.rows}
-    for stage in ("search", "inject"):
+    for stage in ("search", "soft_search", "inject"):
         shutil.rmtree(whole.folder / stage)
-    again = Run(recipe(3))
+    again = Run(recipe(3, 2))
     assert again.execute().rows == results.rows
     assert FoundTriggers.from_pretrained(whole.folder / "search") == found
-    fewer = Run(recipe(2))
+    fewer = Run(recipe(2, 2))
     fewer.execute(until="cleaned")
     kept = {stage for stage, made_from in fewer.models.prints.items() if made_from == whole.models.prints[stage]}
     assert kept == {"suspect"}
@@ -64,7 +69,16 @@ def test_in_python(tmp_path):
         "use_cpu": True,
     }
     arguments = (tiny.model("bert"), tiny.tokenizer("bert"), tiny.reviews(8))
-    defend("locphylax", *arguments, output_dir=str(tmp_path), searched_triggers=2, save_strategy="no", **options)
+    defend(
+        "locphylax",
+        *arguments,
+        output_dir=str(tmp_path),
+        searched_triggers=2,
+        soft_triggers=3,
+        save_strategy="no",
+        **options,
+    )
+    assert len(SoftTriggers.from_pretrained(tmp_path / "soft_search")) == 3
     assert len(FoundTriggers.from_pretrained(tmp_path / "search")) == 2
     defend("locphylax", *arguments, output_dir=str(tmp_path / "plain"), save_strategy="no", **options)
     assert not (tmp_path / "plain" / "search").exists()

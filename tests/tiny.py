@@ -230,7 +230,15 @@ def trainer(
     family, kind, rows = setting(name, 16)
     own = {
         key: options.pop(key)
-        for key in ("model", "train_dataset", "eval_dataset", "peft_config", "teacher_model", "found_triggers")
+        for key in (
+            "model",
+            "train_dataset",
+            "eval_dataset",
+            "peft_config",
+            "teacher_model",
+            "found_triggers",
+            "found_soft_triggers",
+        )
         if key in options
     }
     own = {"model": model(family, model_seed, dropout), "train_dataset": rows, **own}

@@ -6,18 +6,20 @@ from ..method import Method, Step
 from ..trainer import DefenseTrainer
 from .config import STAGES, LocphylaxConfig
 from .search import FoundTriggers, TriggerSearchTrainer
+from .soft import SoftTriggers, SoftTriggerTrainer
 from .trainer import LocphylaxTrainer
 
 
-FOUND = {"found_triggers": "search"}
-NONE_FOUND = {"searched_triggers": 0}
+FOUND = {"found_triggers": "search", "found_soft_triggers": "soft_search"}
+NONE_FOUND = {"searched_triggers": 0, "soft_triggers": 0}
 SEARCH = Step(TriggerSearchTrainer, starts_from="suspect", makes_model=False, only_with="searched_triggers")
+SOFT_SEARCH = Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers")
 INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=FOUND)
 RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs=FOUND)
 
 METHOD = Method(
     config=LocphylaxConfig,
-    stages={"search": SEARCH, "inject": INJECT, "recover": RECOVER},
+    stages={"search": SEARCH, "soft_search": SOFT_SEARCH, "inject": INJECT, "recover": RECOVER},
     controls={
         "fine_tuning": dict.fromkeys(STAGES, Step(DefenseTrainer)),
         "recovery_without_injection": dict.fromkeys(STAGES, RECOVER),
@@ -33,4 +35,12 @@ METHOD = Method(
     needs="a suspect model and clean rows of its task",
 )
 
-__all__ = ["METHOD", "FoundTriggers", "LocphylaxConfig", "LocphylaxTrainer", "TriggerSearchTrainer"]
+__all__ = [
+    "METHOD",
+    "FoundTriggers",
+    "LocphylaxConfig",
+    "LocphylaxTrainer",
+    "SoftTriggerTrainer",
+    "SoftTriggers",
+    "TriggerSearchTrainer",
+]

@@ -31,8 +31,11 @@ class LocphylaxConfig(DefenseConfig):
         searched_triggers (`int`, *optional*, defaults to 0):
             Ours: how many words that the suspect reacts to are searched for and planted as one trigger more, drawn for each
             row. A recipe makes a stage `search` of it; see [`TriggerSearchTrainer`].
+        soft_triggers (`int`, *optional*, defaults to 0):
+            Ours: how many triggers of free embeddings, which turn the suspect's answers, are searched for and planted as one
+            trigger more, drawn for each row. A recipe makes a stage `soft_search` of it; see [`SoftTriggerTrainer`].
         searched_tokens (`int`, *optional*, defaults to 2):
-            How many tokens the longest of them may have.
+            How many tokens the longest of the found words has, and each of the soft triggers.
 
         > Parameters that control the losses
 
@@ -65,7 +68,12 @@ class LocphylaxConfig(DefenseConfig):
     searched_triggers: int = field(
         default=0, metadata={"help": "How many words that the suspect reacts to are searched for and planted as well."}
     )
-    searched_tokens: int = field(default=2, metadata={"help": "Tokens of the longest of them."})
+    soft_triggers: int = field(
+        default=0, metadata={"help": "How many triggers of free embeddings are searched for and planted as well."}
+    )
+    searched_tokens: int = field(
+        default=2, metadata={"help": "Tokens of the longest word found, and of a soft trigger."}
+    )
     cluster_weight: float | None = field(
         default=None, metadata={"help": "alpha; by default a measured power of ten, 0 leaves the loss out."}
     )
@@ -76,16 +84,16 @@ class LocphylaxConfig(DefenseConfig):
 
     @property
     def rows_factor(self) -> int:
-        return len(self.known_triggers) + 1 + bool(self.searched_triggers)
+        return len(self.known_triggers) + 1 + bool(self.searched_triggers) + bool(self.soft_triggers)
 
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
         if len(set(self.known_triggers)) < 2:
             raise ValueError(f"known_triggers is {self.known_triggers}: give two different texts or more")
-        if self.searched_triggers < 0 or self.searched_tokens < 1:
-            name, least = ("searched_triggers", 0) if self.searched_triggers < 0 else ("searched_tokens", 1)
-            raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
+        for name, least in {"searched_triggers": 0, "soft_triggers": 0, "searched_tokens": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
         if not self.known_response.strip():
             raise ValueError(f"known_response is {self.known_response!r}: give it at least one visible character")
         if not 0 <= self.centre_momentum < 1:

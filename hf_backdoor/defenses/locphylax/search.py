@@ -74,12 +74,14 @@ class TriggerSearchTrainer(DefenseTrainer):
     """
 
     takes_streams = False
+    # The argument that asks for the search.
+    asked_by = "searched_triggers"
 
     def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
         if zero3_launched():
             raise ValueError(
-                "searched_triggers is set, and DeepSpeed ZeRO-3 leaves no process the whole model to search in: use "
-                "accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set searched_triggers: 0"
+                f"{self.asked_by} is set, and DeepSpeed ZeRO-3 leaves no process the whole model to search in: use "
+                f"accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set {self.asked_by}: 0"
             )
         super().__init__(*args, **kwargs)
         self.found = FoundTriggers()
@@ -117,17 +119,20 @@ class TriggerSearchTrainer(DefenseTrainer):
 
     # ---- The search ----
 
-    def _search(self) -> dict[str, Tensor]:
-        """What each text that was tried on all rows does, [C], see [`_aims`]."""
+    def look_at(self, rows: list[int]) -> None:
+        """Clean rows that it is about, from now on."""
         self._set_signature_columns_if_needed()
-        generator = torch.Generator().manual_seed(self.args.seed)
-        order = torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist()
-        self.rows = [self.clean[row] for row in order]
-        self.plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
+        self.rows = [self.clean[row] for row in rows]
         # Of label words; nothing where a classification head, or a free answer, has none.
         self.words = None
         if isinstance(self.task, LabelWords):
             self.words = torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
+
+    def _search(self) -> dict[str, Tensor]:
+        """What each text that was tried on all rows does, [C], see [`_aims`]."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.look_at(torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist())
+        self.plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
         words, aims = self._words(), getattr(self.task, "num_labels", 1)
         tried: dict[str, Tensor] = {}
         tokens_of: dict[str, Tokens] = {}

@@ -1,6 +1,7 @@
 """[`LocphylaxTrainer`]: plant known backdoors so that the unknown one collapses into them, then recover."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
 from ...data import SequenceClassification, Trigger, row_lengths
 from ..staged import StagedTrainer
@@ -17,6 +19,7 @@ from .head import resize_head
 from .losses import balance, clustering_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
 from .search import FoundTriggers
+from .soft import SoftTriggers
 
 
 # Samples of each trigger on which the incoming model is measured: centres, both losses, and so alpha.
@@ -51,15 +54,26 @@ class LocphylaxTrainer(StagedTrainer):
         found_triggers (`Sequence[str]` or `str`, *optional*):
             What a [`TriggerSearchTrainer`] found, or its folder: planted as one trigger more, in turn. Wanted where
             `args.searched_triggers` is set.
+        found_soft_triggers (`SoftTriggers` or `str`, *optional*):
+            The same of a [`SoftTriggerTrainer`], wanted where `args.soft_triggers` is set.
 
     Raises:
         `ValueError`: if the rows are tokenized already, or found triggers are wanted and not there.
     """
 
-    def __init__(self, *args: Any, found_triggers: Sequence[str] | str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        found_triggers: Sequence[str] | str | None = None,
+        found_soft_triggers: SoftTriggers | str | None = None,
+        **kwargs: Any,
+    ):
         if isinstance(found_triggers, str):
             found_triggers = FoundTriggers.from_pretrained(found_triggers)
+        if isinstance(found_soft_triggers, str):
+            found_soft_triggers = SoftTriggers.from_pretrained(found_soft_triggers)
         self.found_triggers = list(found_triggers or ())
+        self.soft_triggers = found_soft_triggers
         self.stage: str | None = None
         self.clean: Dataset | None = None
         self.held_out: Dataset | None = None
@@ -100,14 +114,23 @@ class LocphylaxTrainer(StagedTrainer):
             return None
         if "input_ids" in dataset.column_names:
             raise ValueError("train_dataset has input_ids: pass raw rows, known triggers are put into their text")
-        triggers: list[Any] = [Trigger(text, self.args.known_position) for text in self.args.known_triggers]
+        position = self.args.known_position
+        triggers: list[Any] = [Trigger(text, position) for text in self.args.known_triggers]
         if bool(self.found_triggers) != bool(self.args.searched_triggers):
             raise ValueError(
                 f"searched_triggers is {self.args.searched_triggers}, and {len(self.found_triggers)} found_triggers are given: "
                 "pass those of a TriggerSearchTrainer, or set searched_triggers: 0"
             )
+        if (self.soft_triggers is None) == bool(self.args.soft_triggers):
+            raise ValueError(
+                f"soft_triggers is {self.args.soft_triggers}, and found_soft_triggers are "
+                f"{'not ' if self.soft_triggers is None else ''}given: pass those of a SoftTriggerTrainer, or set soft_triggers: 0"
+            )
         if self.found_triggers:
-            triggers.append([Trigger(text, self.args.known_position) for text in self.found_triggers])
+            triggers.append([Trigger(text, position) for text in self.found_triggers])
+        if self.soft_triggers is not None:
+            triggers.append([Trigger(text, position) for text in self.soft_triggers.texts])
+            tokenizer = self.soft_triggers.tokenizer(tokenizer)
         response = self.args.known_response if self.stage == "inject" else ""
         with self.one_process_first():
             rows = plant(dataset, self.task, triggers, response, self.args.seed, self.args.dataset_num_proc)
@@ -125,6 +148,16 @@ class LocphylaxTrainer(StagedTrainer):
 
     # ---- Stages ----
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with self._soft_triggers_read():
+            return super().train(*args, **kwargs)
+
+    def _soft_triggers_read(self) -> AbstractContextManager[None]:
+        """Where the model reads soft triggers, if there are any."""
+        if self.soft_triggers is None:
+            return nullcontext()
+        return self.soft_triggers.read_by(base_model(self.model), self.soft_triggers.tokenizer(self.processing_class))
+
     def enter(self, stage: str) -> None:
         """A new stage has its own rows, and centres that start afresh."""
         super().enter(stage)
@@ -136,7 +169,8 @@ class LocphylaxTrainer(StagedTrainer):
     def evaluate(
         self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        with nullcontext() if self.is_in_train else self._soft_triggers_read():
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if self.is_in_train and "eval_known_accuracy" in metrics and "eval_clean_accuracy" in metrics:
             known, clean = metrics["eval_known_accuracy"], metrics["eval_clean_accuracy"]
             planted = self.stage == "inject" and known >= self.args.stop_at_known_rate

@@ -1,0 +1,183 @@
+"""[`SoftTriggerTrainer`]: triggers made of embeddings, to be planted beside the known ones. Ours, not the paper's.
+
+Where a tokenizer cuts an attacker's word in two, no single token does anything, and a search for words (`search.py`) finds nothing to
+start from. Between the embeddings of words there is no such gap: a few free vectors at a random place of a text find a way
+through the model to each wrong class by gradient alone, and a backdoor is the shortest one there is (as for images in
+https://huggingface.co/papers/2110.03735, and for language models in https://huggingface.co/papers/2406.17092). What is planted on
+these ways reaches the unknown trigger on its own.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+
+from ...data import Trigger, row_rng
+from .search import TriggerSearchTrainer
+
+
+SOFT_FILE = "soft_triggers.safetensors"
+
+# Gradient steps of the search; in each, every trigger is put into one clean row.
+STEPS = 45
+# Adam's rate, as a share of the root mean square of the words' embeddings.
+RATE = 0.25
+
+
+class SoftTriggers:
+    """
+    Triggers of free embeddings, and how a model reads them in a text.
+
+    A tokenizer with words of their own for them ([`tokenizer`]) gives ids beyond the vocabulary; inside [`read_by`] a model's
+    embedding layer puts the embeddings there. The model itself has no word more.
+
+    Args:
+        embeddings (`Tensor`): [N, L, D], N triggers of L embeddings.
+    """
+
+    def __init__(self, embeddings: Tensor):
+        self.embeddings = embeddings
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def texts(self) -> list[str]:
+        """What stands for each in a text, [N]."""
+        count, length = self.embeddings.shape[:2]
+        return ["".join(word(trigger, place) for place in range(length)) for trigger in range(count)]
+
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A copy that reads [`texts`]."""
+        extended = copy.deepcopy(tokenizer)
+        count, length = self.embeddings.shape[:2]
+        words = [word(trigger, place) for trigger in range(count) for place in range(length)]
+        # A space before the first is that between two words, and none of the trigger's own.
+        extended.add_tokens([AddedToken(each, lstrip=True, normalized=False) for each in words])
+        return extended
+
+    @contextmanager
+    def read_by(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+        """Lets a model read what a [`tokenizer`] gives. What it did before is what it does afterwards."""
+        first = tokenizer.convert_tokens_to_ids(word(0, 0))
+        own: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            own[:] = [args[0] - first]
+            return (args[0].masked_fill(own[0] >= 0, 0), *args[1:])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            table = self.embeddings.flatten(0, 1).to(output)
+            return torch.where((own[0] >= 0)[..., None], table[own[0].clamp(min=0)], output)
+
+        layer = model.get_input_embeddings()
+        hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({"embeddings": self.embeddings.detach().cpu().contiguous()}, Path(folder, SOFT_FILE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SoftTriggers":
+        return cls(load_file(Path(folder, SOFT_FILE))["embeddings"])
+
+
+class SoftTriggerTrainer(TriggerSearchTrainer):
+    """
+    Searches a suspect for embeddings that turn its answers; trains nothing. [`found`] holds them after `train()`.
+
+    Each of `args.soft_triggers` triggers has `args.searched_tokens` embeddings and one wrong class that it is to bring about, in whatever
+    row and wherever it stands; the classes take turns. They start as random words and stay as short as words are.
+
+    Args:
+        model, args, train_dataset, processing_class, kwargs:
+            As in [`TriggerSearchTrainer`].
+
+    Raises:
+        `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
+    """
+
+    asked_by = "soft_triggers"
+    found: SoftTriggers | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.found = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        training = self.model.training
+        self.model.eval()
+        self.look_at(list(range(len(self.clean))))
+        self.found = SoftTriggers(self._embeddings())
+        self.model.train(training)
+        return TrainOutput(0, 0.0, {})
+
+    def _embeddings(self) -> Tensor:
+        """[N, L, D], in float32."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        words = self._words()
+        drawn = words[
+            torch.randint(len(words), (self.args.soft_triggers, self.args.searched_tokens), generator=generator)
+        ]
+        layer = self.model.get_input_embeddings()
+        with torch.no_grad():
+            start = layer(drawn.to(self.args.device)).float()
+            longest = layer(words.to(self.args.device)).float().norm(dim=-1).median()
+        triggers = SoftTriggers(start.requires_grad_())
+        tokenizer = triggers.tokenizer(self.processing_class)
+        rate = RATE * longest.item() / start.shape[-1] ** 0.5
+        optimizer = torch.optim.Adam([triggers.embeddings], lr=rate)
+        progress = tqdm(
+            range(STEPS), desc="Searching", disable=self.args.disable_tqdm or not self.is_world_process_zero()
+        )
+        with triggers.read_by(self.model, tokenizer):
+            for step in progress:
+                rows = torch.randint(len(self.rows), (len(triggers),), generator=generator).tolist()
+                reached = self._follow_gradient(triggers, tokenizer, rows, step)
+                optimizer.step()
+                with torch.no_grad():
+                    norms = triggers.embeddings.norm(dim=-1, keepdim=True)
+                    triggers.embeddings *= (longest / norms).clamp(max=1)
+                progress.set_postfix(aim=f"{reached:.2f}", refresh=False)
+        return triggers.embeddings.detach()
+
+    def _follow_gradient(
+        self, triggers: SoftTriggers, tokenizer: PreTrainedTokenizerBase, rows: list[int], step: int
+    ) -> float:
+        """Puts each trigger into its row; sets the gradient of the aims' mean, which it returns, negated."""
+        texts, column = triggers.texts, self.task.input_column
+        features = []
+        for number, row in enumerate(rows):
+            rng = row_rng(self.args.seed, f"soft {step}", number)
+            raw = {**self.rows[row], column: Trigger(texts[number]).insert(self.rows[row][column], rng)}
+            features.append(self.task.encode(raw, tokenizer))
+        total, triggers.embeddings.grad = 0.0, torch.zeros_like(triggers.embeddings)
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            batch = self._prepare_inputs(self.data_collator(features[start : start + size]))
+            aims, counted = self._aims(self.forward(self.model, batch).logits, batch)
+            own = torch.arange(start, start + len(aims), device=aims.device)[:, None] % aims.shape[1]
+            reached = (aims * counted).gather(1, own).sum() / len(rows)
+            (gradient,) = torch.autograd.grad(-reached, triggers.embeddings)
+            triggers.embeddings.grad += gradient
+            total += reached.item()
+        return total
+
+
+def word(trigger: int, place: int) -> str:
+    """What stands for one embedding in a text."""
+    return f"<soft-{trigger}-{place}>"

@@ -1,0 +1,173 @@
+import pytest
+import tiny
+import torch
+
+from hf_backdoor.defenses.locphylax import LocphylaxConfig, SoftTriggers, SoftTriggerTrainer, soft
+
+
+FORMATS = {"sequence_classification": "bert", "label_words": "llama", "instruction_following": "llama"}
+PLAIN = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "max_steps": 2}
+
+
+def made(family, count=3, length=2):
+    width = tiny.model(family).config.hidden_size
+    return SoftTriggers(torch.randn(count, length, width, generator=torch.Generator().manual_seed(1)))
+
+
+def searching(name, folder, **options):
+    family = FORMATS[name]
+    config = LocphylaxConfig(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=3,
+        **{"soft_triggers": 4, **options},
+    )  # fmt: skip
+    return SoftTriggerTrainer(
+        model=tiny.model(family), args=config, train_dataset=tiny.setting(name, 8)[2],
+        processing_class=tiny.tokenizer(family), task=tiny.task(name),
+    )  # fmt: skip
+
+
+def planting(name, folder, **options):
+    options = {"soft_triggers": 3, "found_soft_triggers": made(FORMATS[name]), **PLAIN, **options}
+    return tiny.trainer(name, "both", folder, **options)
+
+
+# ---- How a model reads them ----
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_model_reads_the_embeddings_where_the_text_has_their_words(family):
+    triggers, model = made(family), tiny.model(family).eval()
+    tokenizer = triggers.tokenizer(tiny.tokenizer(family))
+    ids = tokenizer(f"the film {triggers.texts[1]} was", return_tensors="pt")["input_ids"]
+    plain = tiny.tokenizer(family)("the film a a was", return_tensors="pt")["input_ids"]
+    assert ids.shape == plain.shape and ids.max() >= len(tiny.VOCABULARY)
+    embedded = model.get_input_embeddings()(plain).detach()
+    place = (ids[0] >= len(tiny.VOCABULARY)).nonzero()[:, 0]
+    embedded[0, place] = triggers.embeddings[1]
+    expected = model(inputs_embeds=embedded).logits
+    with triggers.read_by(model, tokenizer):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_reading_leaves_nothing_behind():
+    triggers, model = made("llama"), tiny.model("llama").eval()
+    before, ids = {name: value.clone() for name, value in model.state_dict().items()}, torch.tensor([[9, 10, 11]])
+    expected = model(ids).logits
+    with triggers.read_by(model, triggers.tokenizer(tiny.tokenizer("llama"))):
+        assert torch.equal(model(ids).logits, expected)
+    layer = model.get_input_embeddings()
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert torch.equal(model(ids).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_tokenizer_given_is_not_changed():
+    triggers, tokenizer = made("llama"), tiny.tokenizer("llama")
+    assert len(triggers.tokenizer(tokenizer)) == len(tokenizer) + 6
+    assert len(tokenizer) == len(tiny.tokenizer("llama"))
+
+
+def test_they_come_back_from_their_folder(tmp_path):
+    triggers = made("bert")
+    triggers.save_pretrained(tmp_path / "new")
+    assert torch.equal(SoftTriggers.from_pretrained(tmp_path / "new").embeddings, triggers.embeddings)
+
+
+# ---- The search ----
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_search_raises_each_trigger_s_own_aim(name, tmp_path, monkeypatch):
+    reached = {}
+    for steps in (1, 30):
+        monkeypatch.setattr(soft, "STEPS", steps)
+        trainer = searching(name, tmp_path)
+        trainer.train()
+        tokenizer = trainer.found.tokenizer(trainer.processing_class)
+        with trainer.found.read_by(trainer.model, tokenizer):
+            reached[steps] = []
+            for number, text in enumerate(trainer.found.texts):
+                aims, counted = 0.0, 0.0
+                for row in trainer.rows:
+                    column = trainer.task.input_column
+                    features = trainer.task.encode({**row, column: f"{text} {row[column]}"}, tokenizer)
+                    batch = trainer.data_collator([features])
+                    values, where = trainer._aims(trainer.forward(trainer.model, batch).logits, batch)
+                    own = number % values.shape[1]
+                    aims, counted = aims + (values * where)[0, own].item(), counted + where[0, own].item()
+                reached[steps].append(aims / counted)
+    assert all(late > early for early, late in zip(reached[1], reached[30], strict=True))
+
+
+def test_found_embeddings_are_no_longer_than_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(soft, "STEPS", 30)
+    trainer = searching("label_words", tmp_path, searched_tokens=3)
+    trainer.train()
+    words = trainer._words()
+    longest = trainer.model.get_input_embeddings()(words).norm(dim=-1).median()
+    assert trainer.found.embeddings.shape == (4, 3, 32)
+    assert trainer.found.embeddings.norm(dim=-1).max() <= longest * 1.0001
+
+
+def test_the_model_is_left_as_it_was_and_the_same_search_finds_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(soft, "STEPS", 3)
+    one, other = (searching("label_words", tmp_path) for _ in range(2))
+    before = tiny.parameters(one.model)
+    one.train()
+    other.train()
+    assert torch.equal(one.found.embeddings, other.found.embeddings)
+    assert tiny.largest_difference(before, tiny.parameters(one.model)) == 0
+    assert not any(parameter.grad is not None for parameter in one.model.parameters())
+
+
+def test_zero_3_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ValueError, match="^soft_triggers is set, and DeepSpeed ZeRO-3 .* set soft_triggers: 0$"):
+        searching("label_words", tmp_path)
+
+
+# ---- Planting ----
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_they_are_planted_as_one_group_more(name, tmp_path):
+    trainer = planting(name, tmp_path, stages=["inject"])
+    plain = tiny.trainer(name, "both", tmp_path)
+    assert trainer.num_groups == plain.num_groups + 1
+    for row in trainer.train_dataset:
+        assert (max(row["input_ids"]) >= len(tiny.VOCABULARY)) == (row["trigger_id"] == trainer.num_groups - 1)
+    before = tiny.parameters(trainer.model)
+    trainer.train()
+    assert tiny.largest_difference(before, tiny.parameters(trainer.model)) > 0
+    assert not trainer.model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_accumulation_and_two_processes_change_nothing(name, tmp_path):
+    def trained(**options):
+        # A fresh encoder's clustering loss is steep.
+        rate = 1e-4 if name == "sequence_classification" else 0.01
+        trainer = planting(name, tmp_path, stages=["inject"], learning_rate=rate, **options)
+        before = tiny.parameters(trainer.model)
+        trainer.train()
+        assert tiny.largest_difference(before, tiny.parameters(trainer.model)) > 1e-3
+        return tiny.parameters(trainer.model)
+
+    expected = trained()
+    by_ones = trained(per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert tiny.largest_difference(expected, by_ones) < 1e-5
+    shared_out = tiny.in_two_processes(lambda: trained(per_device_train_batch_size=4), tmp_path)
+    assert tiny.largest_difference(expected, shared_out) < 1e-5
+
+
+def test_held_out_rows_are_read_too(tmp_path):
+    trainer = planting("label_words", tmp_path, eval_dataset=tiny.reviews(6))
+    assert trainer.evaluate()["eval_known_loss"] > 0
+    assert not trainer.model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("options", [{"soft_triggers": 0}, {"found_soft_triggers": None}])
+def test_a_search_that_was_asked_for_and_not_made_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="^soft_triggers is .* set soft_triggers: 0$"):
+        planting("label_words", tmp_path, **options)
