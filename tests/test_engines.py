@@ -10,11 +10,13 @@ import pytest
 import robust
 import tiny
 import topics
+import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_backdoor.cli import launch_command, stages_to_launch
+from hf_backdoor.defenses.locphylax import SoftTriggers
 from hf_backdoor.defenses.robustkd import FeatureMask
 from hf_backdoor.models import merged
 from hf_backdoor.recipe_file import load_recipe
@@ -22,10 +24,22 @@ from hf_backdoor.run import run
 
 
 FORMATS = ("sequence_classification", "label_words")
-STAGES = ("plain", "inject", "recover", "retrain", "distil", "mask", "student", "non_target", "mutual", "relabel")
+STAGES = (
+    "plain",
+    "inject",
+    "soft",
+    "recover",
+    "retrain",
+    "distil",
+    "mask",
+    "student",
+    "non_target",
+    "mutual",
+    "relabel",
+)
 LABELS = {
     "plain": "plain training (suspects, references, controls)",
-    "inject": "Locphylax: injection", "recover": "Locphylax: recovery",
+    "inject": "Locphylax: injection", "soft": "Locphylax: injection with soft triggers", "recover": "Locphylax: recovery",
     "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
     "mask": "RobustKD: mask", "student": "RobustKD: distillation",
     "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
@@ -46,7 +60,7 @@ REFUSED = {("zero3", "mutual"): "the engine is DeepSpeed ZeRO-3, which can't tra
 def trainer(name, stage, adapter, folder, start=0, **options):
     """A trainer of one of `STAGES`. `start` is the seed of what is trained: a resumed training must not need it."""
     rate = 0.05
-    if stage == "inject":  # a fresh model's clustering loss is steep, a fresh encoder's above all
+    if stage in ("inject", "soft"):  # a fresh model's clustering loss is steep, a fresh encoder's above all
         rate = 2e-6 if name == "sequence_classification" else 1e-4
     # With so large an epsilon Adam does not blow rounding up into steps of full size, and clipping would hide a wrong scale.
     options = {"adam_epsilon": 1.0, "learning_rate": rate, "max_grad_norm": 0.0, "max_steps": 4, **options}
@@ -57,6 +71,10 @@ def trainer(name, stage, adapter, folder, start=0, **options):
         return robust.fitting(name, folder, **options)
     if stage == "student":
         return robust.distilling(name, folder, **options)
+    if stage == "soft":
+        embeddings = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
+        options |= {"soft_triggers": 3, "found_soft_triggers": SoftTriggers(embeddings)}
+        stage = "inject"
     make = topics.trainer if stage in topics.STAGES else tiny.trainer
     return make(name, stage, folder, model_seed=start, **options)
 

@@ -92,7 +92,8 @@ def trainer(
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 0.01,
-        "relabel_below": 0.2 if stage == "relabel" else 0.0,
+        # None is left out, so that the rows fill whole batches: two processes would share out some of them twice.
+        "relabel_below": 1.0 if stage == "relabel" else 0.0,
     }  # fmt: skip
     made = STAGES[stage](args=NTMLConfig(**{**defaults, **options}), **{**given, **models, **own})
     made.remove_callback(PrinterCallback)

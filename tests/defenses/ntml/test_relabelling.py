@@ -45,7 +45,7 @@ def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, tmp_path):
     column = "labels" if name == "images" else "label"
     labels = [changes.get(number, label) for number, label in enumerate(rows[column])]
     corrected = rows.remove_columns(column).add_column(column, labels)
-    trainer = topics.trainer(name, "relabel", tmp_path, max_steps=3)
+    trainer = topics.trainer(name, "relabel", tmp_path, max_steps=3, relabel_below=0.2)
     trainer.train()
     plain = DefenseTrainer(
         model=topics.network(name, 0), args=trainer.args, processing_class=trainer.processing_class, task=trainer.task,
