@@ -278,7 +278,7 @@ def test_zero_3_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, value",
     [("soft_labels", "hard"), ("mutual_direction", "up"), ("product", "student"), ("temperature", 0.0), ("sharpening", 0.0),
-     ("feature_weight", -1.0), ("feature_layers", []), ("relabel_below", 1.5)],
+     ("feature_weight", -1.0), ("feature_layers", [])],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{name} is ") as refused:
@@ -291,11 +291,11 @@ def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
 
 def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     method = ntml.METHOD
-    assert list(method.stages) == ["early_target", "non_target", "mutual", "relabel"]
+    assert list(method.stages) == ["early_target", "non_target", "mutual", "agreed"]
     assert method.stages["non_target"].inputs == {"teacher_model": "early_target"}
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
-        "fine_tuning", "clean_only", "distillation_with_all_classes", "soft_labels_of_the_suspect",
+        "fine_tuning", "clean_only", "distillation_with_all_classes", "suspect_as_target",
         "mutual_without_non_target",
     }  # fmt: skip
     for steps in method.controls.values():
