@@ -33,14 +33,6 @@ def test_the_rows_that_it_leaves_out_are_listed(name, tmp_path):
         assert row["given_probability"] < row["likeliest_probability"]
 
 
-def test_the_teacher_runs_once(tmp_path):
-    trainer = topics.trainer("sequence_classification", "agreed", tmp_path, num_train_epochs=3)
-    seen = []
-    trainer.teacher.register_forward_hook(lambda model, args, output: seen.append(len(output.logits)))
-    trainer.train()
-    assert sum(seen) == 24 and trainer.state.global_step == 6
-
-
 def test_a_missing_teacher_and_one_that_agrees_with_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="^teacher_model is None"):
         topics.trainer("label_words", "agreed", tmp_path, teacher_model=None).train()

@@ -118,12 +118,13 @@ def test_two_processes_share_the_teacher_s_pass(tmp_path):
     assert torch.allclose(here, there, atol=1e-6)
 
 
-def test_the_teacher_runs_once_and_not_in_every_epoch(tmp_path):
-    trainer = topics.trainer("sequence_classification", "non_target", tmp_path, num_train_epochs=3)
+@pytest.mark.parametrize("stage, rows", [("non_target", 16), ("agreed", 24)])
+def test_the_teacher_runs_once_and_not_in_every_epoch(stage, rows, tmp_path):
+    trainer = topics.trainer("sequence_classification", stage, tmp_path, num_train_epochs=3)
     seen = []
     trainer.teacher.register_forward_hook(lambda model, args, output: seen.append(len(output.logits)))
     trainer.train()
-    assert sum(seen) == 16 and trainer.state.global_step == 6
+    assert sum(seen) == rows and trainer.state.global_step == 6
 
 
 def test_rows_with_teacher_logits_need_no_teacher(tmp_path):
