@@ -120,7 +120,7 @@ class TriggerSearchTrainer(DefenseTrainer):
     # ---- The search ----
 
     def look_at(self, rows: list[int]) -> None:
-        """Clean rows that it is about, from now on."""
+        """Sets the clean rows that it tries words on, and the label words."""
         self._set_signature_columns_if_needed()
         self.rows = [self.clean[row] for row in rows]
         # Of label words; nothing where a classification head, or a free answer, has none.

@@ -121,7 +121,7 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         training = self.model.training
         self.model.eval()
-        self.look_at(list(range(len(self.clean))))
+        self.look_at([])  # rows are drawn anew in each step
         self.found = SoftTriggers(self._embeddings())
         self.model.train(training)
         return TrainOutput(0, 0.0, {})
@@ -146,7 +146,7 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
         )
         with triggers.read_by(self.model, tokenizer):
             for step in progress:
-                rows = torch.randint(len(self.rows), (len(triggers),), generator=generator).tolist()
+                rows = torch.randint(len(self.clean), (len(triggers),), generator=generator).tolist()
                 reached = self._follow_gradient(triggers, tokenizer, rows, step)
                 optimizer.step()
                 with torch.no_grad():
@@ -158,12 +158,12 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
     def _follow_gradient(
         self, triggers: SoftTriggers, tokenizer: PreTrainedTokenizerBase, rows: list[int], step: int
     ) -> float:
-        """Puts each trigger into its row; sets the gradient of the aims' mean, which it returns, negated."""
+        """Puts each trigger into its row, and sets the gradient that raises the mean of the aims, which it returns."""
         texts, column = triggers.texts, self.task.input_column
         features = []
         for number, row in enumerate(rows):
-            rng = row_rng(self.args.seed, f"soft {step}", number)
-            raw = {**self.rows[row], column: Trigger(texts[number]).insert(self.rows[row][column], rng)}
+            raw, rng = self.clean[row], row_rng(self.args.seed, f"soft {step}", number)
+            raw = {**raw, column: Trigger(texts[number]).insert(raw[column], rng)}
             features.append(self.task.encode(raw, tokenizer))
         total, triggers.embeddings.grad = 0.0, torch.zeros_like(triggers.embeddings)
         size = self.args.per_device_train_batch_size

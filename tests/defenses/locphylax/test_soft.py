@@ -88,7 +88,7 @@ def test_the_search_raises_each_trigger_s_own_aim(name, tmp_path, monkeypatch):
             reached[steps] = []
             for number, text in enumerate(trainer.found.texts):
                 aims, counted = 0.0, 0.0
-                for row in trainer.rows:
+                for row in trainer.clean:
                     column = trainer.task.input_column
                     features = trainer.task.encode({**row, column: f"{text} {row[column]}"}, tokenizer)
                     batch = trainer.data_collator([features])
