@@ -319,7 +319,7 @@ def stage_needs(
         steps = config.max_steps
     if twin is not None:
         steps = twin.steps
-    if stage.step.trainer is TriggerSearchTrainer:
+    if issubclass(stage.step.trainer, TriggerSearchTrainer):
         steps = 0
     once = flops(load, sum(lengths) / len(lengths))
     total = steps * config.gradient_accumulation_steps * engine.processes * once
