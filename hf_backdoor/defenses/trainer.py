@@ -233,6 +233,10 @@ class DefenseTrainer(Trainer):
         # Here, and not in the collator: nothing that is only looked at is moved, and a resumed run draws what an
         # uninterrupted one would have drawn (batches are collated ahead of the checkpoint).
         if self.args.augmentation != "none":
+            if "pixel_values" not in inputs:
+                raise ValueError(
+                    f"augmentation is {self.args.augmentation!r}, and rows have no pixels: set augmentation: none"
+                )
             pixels = moved(inputs["pixel_values"], mirror=self.args.augmentation == "shift_and_mirror")
             inputs = {**inputs, "pixel_values": pixels}
         return super().training_step(model, inputs, num_items_in_batch)

@@ -123,6 +123,12 @@ def test_pictures_are_moved_in_training_only(tmp_path, monkeypatch):
         assert not any(torch.equal(picture, other) for picture in pixels for other in still)
 
 
+def test_texts_are_not_moved(tmp_path):
+    made = tiny.trainer("label_words", "plain", tmp_path, augmentation="shift")
+    with pytest.raises(ValueError, match="^augmentation is 'shift', and rows have no pixels: set augmentation: none$"):
+        made.train()
+
+
 def test_an_unknown_augmentation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^augmentation is 'cutmix': use one of none, shift, shift_and_mirror$"):
         trainer(tmp_path, augmentation="cutmix")
