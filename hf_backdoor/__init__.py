@@ -12,7 +12,6 @@ __version__ = "0.1.0.dev0"
 
 # Where each public name lives: importing the package stays quick, torch and transformers come with the first use.
 _HOMES = {
-    "AgreedRowsTrainer": "defenses.ntml",
     "AttackSuccessRate": "evaluation.metrics",
     "BackdoorEvaluationCallback": "evaluation.callback",
     "CleanAccuracy": "evaluation.metrics",
@@ -30,6 +29,7 @@ _HOMES = {
     "NTMLConfig": "defenses.ntml",
     "NTMLTrainer": "defenses.ntml",
     "NonTargetTrainer": "defenses.ntml",
+    "RelabellingTrainer": "defenses.ntml",
     "Results": "evaluation",
     "RobustKDConfig": "defenses.robustkd",
     "RobustKDTrainer": "defenses.robustkd",

@@ -35,7 +35,7 @@ STAGES = (
     "student",
     "non_target",
     "mutual",
-    "agreed",
+    "relabel",
 )
 LABELS = {
     "plain": "plain training (suspects, references, controls)",
@@ -43,7 +43,7 @@ LABELS = {
     "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
     "mask": "RobustKD: mask", "student": "RobustKD: distillation",
     "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
-    "agreed": "NT-ML: training on agreed rows",
+    "relabel": "NT-ML: training on corrected labels",
 }  # fmt: skip
 CASES = [
     (engine, name, adapter, stage)

@@ -498,7 +498,7 @@ def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop
     values = settings(
         workshop, tmp_path / "run", model_name_or_path=str(tmp_path / "bert"), dataset_name=rows["train"], test_dataset_name=rows["test"], method="ntml", seed=3,
         known_triggers=None, known_response=None, controls=["fine_tuning", "distillation_with_all_classes"], held_out_samples=0, num_labels=3,
-        train_on_agreed_rows=not own,
+        relabel_below=0.0 if own else 0.4,
     )  # fmt: skip
     if own:
         values = {key: value for key, value in values.items() if key not in ("attack_trigger", "target_label")}
@@ -510,13 +510,13 @@ def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop
         "control/distillation_with_all_classes", *(() if own else ("stage/mutual",)),
     }  # fmt: skip
     folders = {file.parent.relative_to(tmp_path / "run").as_posix() for file in (tmp_path / "run").rglob("stage.json")}
-    ends = {folder for folder in folders if folder.endswith("agreed")}
-    assert ends == (set() if own else {"controls/distillation_with_all_classes/agreed"})
+    ends = {folder for folder in folders if folder.endswith("relabel")}
+    assert ends == (set() if own else {"controls/distillation_with_all_classes/relabel"})
     assert ("asr" in {row.metric for row in results.rows}) != own
     assert results.data["clean"]["source"] == (rows["clean"] if own else rows["train"])
     doubted = Dataset.from_parquet(str(tmp_path / "run" / ("cleaned" if own else "mutual") / "suspicion.parquet"))
     assert doubted.num_rows <= 32 and "row" in doubted.column_names
-    assert (tmp_path / "run" / "cleaned" / "left_out.parquet").exists() != own
+    assert (tmp_path / "run" / "cleaned" / "relabelled.parquet").exists() != own
     before = stages(tmp_path / "run")
     execute(values)
     assert stages(tmp_path / "run") == before

@@ -10,15 +10,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ViTConfig, ViTForImageClassification
 
 from hf_backdoor.data import LabelWords, SequenceClassification
-from hf_backdoor.defenses.ntml import AgreedRowsTrainer, NonTargetTrainer, NTMLConfig, NTMLTrainer
-from hf_backdoor.inspection.second_choice import label_logits
+from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer, RelabellingTrainer
 
 
 TOPICS = (("good", "great"), ("bad", "awful"), ("banana", "apple"), ("music", "scene"))
 FILLER = ("the", "film", "was", "a", "story", "with", "and", "it", "plot", "very")
 # Answers of one, two and three tokens.
 WORDS = ("positive", "negative one", "neutral", "yes i say")
-STAGES = {"non_target": NonTargetTrainer, "mutual": NTMLTrainer, "agreed": AgreedRowsTrainer}
+STAGES = {"non_target": NonTargetTrainer, "mutual": NTMLTrainer, "relabel": RelabellingTrainer}
 FORMATS = ("sequence_classification", "label_words", "images")
 TASKS = {
     "sequence_classification": SequenceClassification(4),
@@ -73,22 +72,10 @@ def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def contradicted_by(teacher: PreTrainedModel, name: str, count: int) -> Dataset:
-    """Rows of which a teacher contradicts every third; the others fill whole batches, for one process and for two."""
-    rows, column = (pixels(count), "labels") if name == "images" else (texts(count), "label")
-    if name == "images":
-        logits = teacher.eval()(torch.tensor(rows["pixel_values"])).logits
-    else:
-        tokenizer = tiny.tokenizer("bert" if name == "sequence_classification" else "llama")
-        logits = label_logits(teacher, tokenizer, TASKS[name], rows)
-    labels = [(label + (row % 3 == 0)) % 4 for row, label in enumerate(logits.argmax(dim=1).tolist())]
-    return rows.remove_columns(column).add_column(column, labels)
-
-
 def trainer(
     name: str, stage: str, folder: Path, *, dropout: float = 0.0, model_seed: int = 0, **options: Any
-) -> NonTargetTrainer | NTMLTrainer | AgreedRowsTrainer:
-    """A trainer of one of `FORMATS` and `STAGES` on 16 rows (and 8 that `agreed` leaves out); `options` go to configuration or trainer."""
+) -> NonTargetTrainer | NTMLTrainer | RelabellingTrainer:
+    """A trainer of one of `FORMATS` and `STAGES` on 16 rows; `options` go to configuration or trainer."""
     argument = "target_model" if stage == "mutual" else "teacher_model"
     names = ("model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", argument)
     own = {key: options.pop(key) for key in names if key in options}
@@ -102,11 +89,11 @@ def trainer(
     models = {"model": network(name, model_seed, dropout), argument: network(name, other, dropout)}
     # A fresh network says much the same of every class, and there would be little to learn from it.
     sharpen(models[argument])
-    if stage == "agreed":
-        given["train_dataset"] = contradicted_by(models[argument], name, 24)
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 0.01,
+        # None is left out, so that the rows fill whole batches: two processes would share out some of them twice.
+        "relabel_below": 1.0 if stage == "relabel" else 0.0,
     }  # fmt: skip
     made = STAGES[stage](args=NTMLConfig(**{**defaults, **options}), **{**given, **models, **own})
     made.remove_callback(PrinterCallback)

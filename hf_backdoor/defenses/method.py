@@ -24,7 +24,7 @@ class Step:
         rows (`str`, defaults to `"clean"`): What it trains on: the defender's `clean` rows, or the `suspect` rows that
             the suspect was trained on.
         makes_model (`bool`, defaults to `True`): Whether what comes out is a model, which can be measured.
-        only_with (`str`, *optional*): An argument of the method; where it is 0 or false the step is left out, and so is what later
+        only_with (`str`, *optional*): An argument of the method; where it is 0 the step is left out, and so is what later
             steps take from it.
     """
 

@@ -9,14 +9,14 @@ from hf_backdoor.data import load_rows, take_rows
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.defenses.locphylax import LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADTrainer
-from hf_backdoor.defenses.ntml import AgreedRowsTrainer, NonTargetTrainer, NTMLTrainer
+from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLTrainer, RelabellingTrainer
 from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 
 
 # ---- Streams ----
 
 WHOLE_SETS = (
-    AgreedRowsTrainer, EmbeddingPoisoningTrainer, LocphylaxTrainer, MBTSADTrainer, NonTargetTrainer, NTMLTrainer,
+    RelabellingTrainer, EmbeddingPoisoningTrainer, LocphylaxTrainer, MBTSADTrainer, NonTargetTrainer, NTMLTrainer,
     FeatureMaskTrainer, RobustKDTrainer,
 )  # fmt: skip
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from ..method import Method, Step
 from ..trainer import DefenseTrainer
-from .agreed import AgreedRowsTrainer
 from .classes import refuse_run, refuse_unfit
 from .config import NTMLConfig
 from .pair import NETWORKS
+from .relabelling import RelabellingTrainer
 from .suspicion import suspicion_quality, suspicion_table
 from .trainer import NonTargetTrainer, NTMLTrainer
 
@@ -16,49 +16,41 @@ from .trainer import NonTargetTrainer, NTMLTrainer
 OTHER_SEED = 104729
 
 
-# The target network, stopped in its first half epoch: it has not yet forgotten what a poisoned row says besides its trigger.
-TARGET = "early_target"
+# The target network in its first half epoch: it has not yet forgotten what a poisoned row says besides its trigger.
 EARLY_TARGET = Step(DefenseTrainer, starts_from="base", rows="suspect")
 
 
-def non_target(target: str = TARGET, **overrides: Any) -> Step:
-    return Step(NonTargetTrainer, overrides, starts_from="base", inputs={"teacher_model": target}, rows="suspect")
+def non_target(teacher: str = "early_target", **overrides: Any) -> Step:
+    return Step(NonTargetTrainer, overrides, starts_from="base", inputs={"teacher_model": teacher}, rows="suspect")
 
 
-def mutual(target: str = TARGET) -> Step:
-    return Step(NTMLTrainer, inputs={"target_model": target})
-
+MUTUAL = Step(NTMLTrainer, inputs={"target_model": "suspect"})
 
 # Ours.
-AGREED = Step(
-    AgreedRowsTrainer,
+RELABEL = Step(
+    RelabellingTrainer,
     starts_from="base",
     inputs={"teacher_model": "mutual"},
     rows="suspect",
-    only_with="train_on_agreed_rows",
+    only_with="relabel_below",
 )
 
 METHOD = Method(
     config=NTMLConfig,
-    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": mutual(), "agreed": AGREED},
+    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": MUTUAL, "relabel": RELABEL},
     controls={
         "fine_tuning": {"mutual": Step(DefenseTrainer, starts_from="suspect")},
         "clean_only": {"mutual": Step(DefenseTrainer, starts_from="base")},
         "distillation_with_all_classes": {
             "non_target": non_target(soft_labels="all_classes"),
-            "mutual": mutual(),
-            "agreed": AGREED,
+            "mutual": MUTUAL,
+            "relabel": RELABEL,
         },
-        # The target network is trained out, as the paper has it.
-        "suspect_as_target": {
-            "non_target": non_target("suspect"),
-            "mutual": mutual("suspect"),
-            "agreed": AGREED,
-        },
+        "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": MUTUAL, "relabel": RELABEL},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),
-            "mutual": mutual(),
-            "agreed": AGREED,
+            "mutual": MUTUAL,
+            "relabel": RELABEL,
         },
     },
     needs="the rows that the suspect was trained on, and a few clean rows (1% of them or more)",
@@ -69,10 +61,10 @@ METHOD = Method(
 __all__ = [
     "METHOD",
     "NETWORKS",
-    "AgreedRowsTrainer",
     "NTMLConfig",
     "NTMLTrainer",
     "NonTargetTrainer",
+    "RelabellingTrainer",
     "refuse_unfit",
     "suspicion_quality",
     "suspicion_table",

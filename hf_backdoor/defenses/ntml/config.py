@@ -14,7 +14,7 @@ Product = Literal["auto", "target", "non_target"]
 @dataclass
 class NTMLConfig(DefenseConfig):
     r"""
-    Configuration of [`NonTargetTrainer`], [`NTMLTrainer`] and [`AgreedRowsTrainer`].
+    Configuration of [`NonTargetTrainer`], [`NTMLTrainer`] and [`RelabellingTrainer`].
 
     Args:
         > Parameters that control every stage
@@ -54,11 +54,12 @@ class NTMLConfig(DefenseConfig):
             of its own choice, before the target network was trained. Held-out rows are measured with it as well, their
             labels as they are.
 
-        > Parameters that control the training on agreed rows (ours)
+        > Parameters that control the training on corrected labels (ours)
 
-        train_on_agreed_rows (`bool`, *optional*, defaults to `False`):
-            After mutual learning, train a fresh network on the suspect rows whose given label the product of mutual learning
-            holds for the likeliest. Without this stage that product is the result, as in the paper.
+        relabel_below (`float`, *optional*, defaults to 0.0):
+            After mutual learning, a fresh network is trained on the suspect rows, and a row whose given label the product of
+            mutual learning holds for less likely than this gets the likeliest one. 0 leaves this stage out: the
+            product is the result then, as in the paper.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})
@@ -80,9 +81,11 @@ class NTMLConfig(DefenseConfig):
     known_trigger: str | None = field(
         default=None, metadata={"help": "Text that the defender planted in suspect rows, to measure both networks by."}
     )
-    train_on_agreed_rows: bool = field(
-        default=False,
-        metadata={"help": "Whether a fresh network is trained on the suspect rows that the product agrees with."},
+    relabel_below: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability below which a suspect row's given label is changed for a last training; 0: none."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -94,6 +97,8 @@ class NTMLConfig(DefenseConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: choose one above 0, for example 1.0")
         if self.feature_weight < 0:
             raise ValueError(f"feature_weight is {self.feature_weight}: choose 0 or more")
+        if not 0 <= self.relabel_below <= 1:
+            raise ValueError(f"relabel_below is {self.relabel_below}: choose a probability, for example 0.2, or 0")
         if not self.feature_layers:
             raise ValueError("feature_layers is empty: name one hidden state or more, for example [-1]")
         super().__post_init__()

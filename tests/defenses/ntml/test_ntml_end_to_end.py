@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_backdoor.attacks import Poisoning, poison
 from hf_backdoor.data import Trigger, stamp
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
-from hf_backdoor.defenses.ntml import AgreedRowsTrainer, NonTargetTrainer, NTMLConfig, NTMLTrainer, suspicion_quality
+from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer, RelabellingTrainer, suspicion_quality
 from hf_backdoor.inspection.second_choice import SecondChoiceCallback, label_logits
 
 
@@ -109,12 +109,13 @@ def test_the_second_network_does_not_take_the_backdoor_over(suspect, tmp_path):
     # A tenth of the rows is poisoned: all of these are on the list, and they stand at its top.
     assert suspicion_quality(listed["row"], ROWS["poisoned"])["recall"] > 0.9
     assert suspicion_quality(listed["row"][: len(POISONED)], ROWS["poisoned"])["precision"] > 0.8
-    last = train(
-        AgreedRowsTrainer, NTMLConfig, tmp_path / "last", ROWS, 8, model=fresh(2), teacher_model=trainer.result(),
+    relabelled = train(
+        RelabellingTrainer, NTMLConfig, tmp_path / "last", ROWS, 8, model=fresh(2), teacher_model=trainer.result(),
+        arguments={"relabel_below": 0.2},
     )  # fmt: skip
-    accuracy, on_target = rates(last.model)
+    accuracy, on_target = rates(relabelled.model)
     assert accuracy >= finished[0] and on_target < 0.1
-    assert suspicion_quality(last.left_out["row"], ROWS["poisoned"])["recall"] > 0.9
+    assert suspicion_quality(relabelled.changes["row"], ROWS["poisoned"])["recall"] > 0.9
 
 
 def test_with_the_given_label_in_it_the_soft_labels_carry_the_backdoor(suspect, tmp_path):

@@ -118,13 +118,13 @@ def test_two_processes_share_the_teacher_s_pass(tmp_path):
     assert torch.allclose(here, there, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage, rows", [("non_target", 16), ("agreed", 24)])
-def test_the_teacher_runs_once_and_not_in_every_epoch(stage, rows, tmp_path):
+@pytest.mark.parametrize("stage", ["non_target", "relabel"])
+def test_the_teacher_runs_once_and_not_in_every_epoch(stage, tmp_path):
     trainer = topics.trainer("sequence_classification", stage, tmp_path, num_train_epochs=3)
     seen = []
     trainer.teacher.register_forward_hook(lambda model, args, output: seen.append(len(output.logits)))
     trainer.train()
-    assert sum(seen) == rows and trainer.state.global_step == 6
+    assert sum(seen) == 16 and trainer.state.global_step == 6
 
 
 def test_rows_with_teacher_logits_need_no_teacher(tmp_path):
@@ -279,7 +279,7 @@ def test_zero_3_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, value",
     [("soft_labels", "hard"), ("mutual_direction", "up"), ("product", "student"), ("temperature", 0.0), ("sharpening", 0.0),
-     ("feature_weight", -1.0), ("feature_layers", [])],
+     ("feature_weight", -1.0), ("feature_layers", []), ("relabel_below", 1.5)],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{name} is ") as refused:
@@ -292,11 +292,11 @@ def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
 
 def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     method = ntml.METHOD
-    assert list(method.stages) == ["early_target", "non_target", "mutual", "agreed"]
+    assert list(method.stages) == ["early_target", "non_target", "mutual", "relabel"]
     assert method.stages["non_target"].inputs == {"teacher_model": "early_target"}
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
-        "fine_tuning", "clean_only", "distillation_with_all_classes", "suspect_as_target",
+        "fine_tuning", "clean_only", "distillation_with_all_classes", "soft_labels_of_the_suspect",
         "mutual_without_non_target",
     }  # fmt: skip
     for steps in method.controls.values():
