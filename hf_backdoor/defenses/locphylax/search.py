@@ -9,6 +9,7 @@ the best of these it goes on. It needs the suspect and clean rows, and no knowle
 
 import json
 import re
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,18 @@ class TriggerSearchTrainer(DefenseTrainer):
 
     # ---- The search ----
 
-    def look_at(self, rows: list[int]) -> None:
-        """Sets the clean rows that it tries words on, and the label words."""
-        self._set_signature_columns_if_needed()
-        self.rows = [self.clean[row] for row in rows]
-        # Of label words; nothing where a classification head, or a free answer, has none.
-        self.words = None
-        if isinstance(self.task, LabelWords):
-            self.words = torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
+    @cached_property
+    def words(self) -> Tensor | None:
+        """[K], first tokens of the label words; nothing where a classification head, or a free answer, has none."""
+        if not isinstance(self.task, LabelWords):
+            return None
+        return torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
 
     def _search(self) -> dict[str, Tensor]:
         """What each text that was tried on all rows does, [C], see [`_aims`]."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        self.look_at(torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist())
+        order = torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist()
+        self.rows = [self.clean[row] for row in order]
         self.plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
         words, aims = self._words(), getattr(self.task, "num_labels", 1)
         tried: dict[str, Tensor] = {}

@@ -121,7 +121,6 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         training = self.model.training
         self.model.eval()
-        self.look_at([])  # rows are drawn anew in each step
         self.found = SoftTriggers(self._embeddings())
         self.model.train(training)
         return TrainOutput(0, 0.0, {})
