@@ -12,7 +12,7 @@ from .attacks import EmbeddingPoisoningTrainer
 from .data import Processor
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
-from .defenses.locphylax import TriggerSearchTrainer
+from .defenses.locphylax.reading import SuspectReader
 from .defenses.mbtsad import MBTSADTrainer
 from .defenses.ntml.classes import refuse_zero3
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
@@ -319,7 +319,7 @@ def stage_needs(
         steps = config.max_steps
     if twin is not None:
         steps = twin.steps
-    if issubclass(stage.step.trainer, TriggerSearchTrainer):
+    if issubclass(stage.step.trainer, SuspectReader):
         steps = 0
     once = flops(load, sum(lengths) / len(lengths))
     total = steps * config.gradient_accumulation_steps * engine.processes * once
@@ -332,7 +332,7 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
     adapter = recipe.use_peft and stage.settings not in ("reference", "suspect")
     model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
     shape, teacher = shape_of(model), shape_of(models.suspect)
-    mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer | TriggerSearchTrainer)
+    mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer | SuspectReader)
     connectors = NUM_LAYERS * (shape.hidden + 3) * teacher.hidden
     compares = trainer is MBTSADTrainer and config.stages == ["distil"]
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from hf_backdoor.defenses import METHODS, defend
-from hf_backdoor.defenses.locphylax import FoundTriggers, SoftTriggers
+from hf_backdoor.defenses.locphylax import FoundTriggers, OwnAnswers, SoftTriggers
 from hf_backdoor.plan import plan
 from hf_backdoor.recipe_file import load_recipe
 from hf_backdoor.run import Run
@@ -88,3 +88,20 @@ def test_a_step_that_may_be_left_out_names_an_argument():
     for method in METHODS.values():
         for step in method.stages.values():
             assert step.only_with is None or hasattr(method.config, step.only_with)
+
+
+def test_recovery_takes_the_suspect_s_own_answers(recipe, tmp_path):
+    asked = recipe(0)
+    asked.training["own_answers"] = 0.5
+    asked.controls = ["recovery_by_right_answers", "recovery_without_injection"]
+    stages = {stage.folder: stage for stage in plan(asked)}
+    takers = {folder for folder, stage in stages.items() if stage.inputs == {"found_answers": "answers"}}
+    assert takers == {
+        "cleaned", "controls/recovery_without_injection/inject", "controls/recovery_without_injection/recover",
+    }  # fmt: skip
+    # The control takes over the method's injection, and its last stage has right answers alone.
+    control = stages["controls/recovery_by_right_answers/recover"]
+    assert control.parent == "inject" and control.step.overrides["own_answers"] == 0
+    results = Run(asked).execute()
+    assert "stage/answers" not in {row.model for row in results.rows}
+    assert len(OwnAnswers.from_pretrained(tmp_path / "run" / "answers")) == 12

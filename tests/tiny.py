@@ -238,6 +238,7 @@ def trainer(
             "teacher_model",
             "found_triggers",
             "found_soft_triggers",
+            "found_answers",
         )
         if key in options
     }

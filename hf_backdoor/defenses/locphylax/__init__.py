@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ..method import Method, Step
 from ..trainer import DefenseTrainer
+from .answers import OwnAnswers, OwnAnswersTrainer
 from .config import STAGES, LocphylaxConfig
 from .search import FoundTriggers, TriggerSearchTrainer
 from .soft import SoftTriggers, SoftTriggerTrainer
@@ -14,14 +15,20 @@ FOUND = {"found_triggers": "search", "found_soft_triggers": "soft_search"}
 NONE_FOUND = {"searched_triggers": 0, "soft_triggers": 0}
 SEARCH = Step(TriggerSearchTrainer, starts_from="suspect", makes_model=False, only_with="searched_triggers")
 SOFT_SEARCH = Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers")
+ANSWERS = Step(OwnAnswersTrainer, starts_from="suspect", makes_model=False, only_with="own_answers")
 INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=FOUND)
-RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs=FOUND)
+RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs={**FOUND, "found_answers": "answers"})
 
 METHOD = Method(
     config=LocphylaxConfig,
-    stages={"search": SEARCH, "soft_search": SOFT_SEARCH, "inject": INJECT, "recover": RECOVER},
+    stages={"search": SEARCH, "soft_search": SOFT_SEARCH, "answers": ANSWERS, "inject": INJECT, "recover": RECOVER},
     controls={
         "fine_tuning": dict.fromkeys(STAGES, Step(DefenseTrainer)),
+        "recovery_by_right_answers": {
+            "recover": replace(
+                RECOVER, starts_from="inject", overrides={"stages": ["recover"], "own_answers": 0.0}, inputs=FOUND
+            )
+        },
         "recovery_without_injection": dict.fromkeys(STAGES, RECOVER),
         "injection_without_clustering": {
             "inject": replace(INJECT, overrides={"stages": ["inject"], "cluster_weight": 0.0}),
@@ -29,7 +36,9 @@ METHOD = Method(
         },
         "known_triggers_alone": {
             "inject": replace(INJECT, overrides={"stages": ["inject"], **NONE_FOUND}, inputs={}),
-            "recover": replace(RECOVER, overrides={"stages": ["recover"], **NONE_FOUND}, inputs={}),
+            "recover": replace(
+                RECOVER, overrides={"stages": ["recover"], **NONE_FOUND}, inputs={"found_answers": "answers"}
+            ),
         },
     },
     needs="a suspect model and clean rows of its task",
@@ -40,6 +49,8 @@ __all__ = [
     "FoundTriggers",
     "LocphylaxConfig",
     "LocphylaxTrainer",
+    "OwnAnswers",
+    "OwnAnswersTrainer",
     "SoftTriggerTrainer",
     "SoftTriggers",
     "TriggerSearchTrainer",

@@ -15,17 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftConfig
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
 
 from ...data import InstructionFollowing, LabelWords, Trigger, class_logits, given_labels, row_rng
-from ..engines import zero3_launched
-from ..trainer import DefenseTrainer
-from .config import LocphylaxConfig
+from .reading import SuspectReader
 
 
 FOUND_FILE = "found_triggers.json"
@@ -58,65 +52,28 @@ class FoundTriggers(list[str]):
         return cls(json.loads(Path(folder, FOUND_FILE).read_text(encoding="utf-8")))
 
 
-class TriggerSearchTrainer(DefenseTrainer):
+class TriggerSearchTrainer(SuspectReader):
     """
     Searches a suspect for words that it reacts to; trains nothing. [`found`] holds them after `train()`.
 
     Args:
         model, args, train_dataset, processing_class, kwargs:
-            As in [`DefenseTrainer`]; `args.searched_triggers` is how many are kept, `args.searched_tokens` how many
-            tokens the longest may have. `train_dataset` is clean rows, raw.
-
-        peft_config (`PeftConfig`, *optional*):
-            Not used: nothing is trained.
+            As in [`SuspectReader`]; `args.searched_triggers` is how many are kept, `args.searched_tokens` how many
+            tokens the longest may have.
 
     Raises:
         `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
     """
 
-    takes_streams = False
-    # The argument that asks for the search.
     asked_by = "searched_triggers"
+    found: FoundTriggers | None
 
-    def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
-        if zero3_launched():
-            raise ValueError(
-                f"{self.asked_by} is set, and DeepSpeed ZeRO-3 leaves no process the whole model to search in: use "
-                f"accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set {self.asked_by}: 0"
-            )
-        super().__init__(*args, **kwargs)
-        self.found = FoundTriggers()
-
-    @classmethod
-    def config_class(cls) -> type[LocphylaxConfig]:
-        return LocphylaxConfig
-
-    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-        if dataset is not None and "input_ids" in dataset.column_names:
-            raise ValueError("train_dataset has input_ids: pass raw rows, words are put into their text")
-        self.clean = dataset
-        return super().prepare_train(dataset, tokenizer)
-
-    def result(self) -> FoundTriggers:
-        return self.found
-
-    def gather(self) -> None:
-        """Nothing was shared out."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.args.should_save:
-            self.found.save_pretrained(output_dir or self.args.output_dir)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        training = self.model.training
-        self.model.eval()
+    def read(self) -> FoundTriggers:
         effects = self._search()
-        self.model.train(training)
         # What the clean rows say themselves is what the task is about: to plant it would cost the model its meaning.
         said = f" {' '.join(plain_words(text) for text in self.clean[self.task.input_column])} "
         foreign = {text: effect for text, effect in effects.items() if f" {plain_words(text)} " not in said}
-        self.found[:] = strongest(foreign or effects)[: self.args.searched_triggers]
-        return TrainOutput(0, 0.0, {})
+        return FoundTriggers(strongest(foreign or effects)[: self.args.searched_triggers])
 
     # ---- The search ----
 

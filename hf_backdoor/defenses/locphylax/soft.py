@@ -19,7 +19,6 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
 
 from ...data import Trigger, row_rng
 from .search import TriggerSearchTrainer
@@ -114,16 +113,8 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
     asked_by = "soft_triggers"
     found: SoftTriggers | None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.found = None
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        training = self.model.training
-        self.model.eval()
-        self.found = SoftTriggers(self._embeddings())
-        self.model.train(training)
-        return TrainOutput(0, 0.0, {})
+    def read(self) -> SoftTriggers:
+        return SoftTriggers(self._embeddings())
 
     def _embeddings(self) -> Tensor:
         """[N, L, D], in float32."""

@@ -14,9 +14,10 @@ from transformers.trainer_utils import TrainOutput
 from ...data import SequenceClassification, Trigger, row_lengths
 from ..staged import StagedTrainer
 from ..trainer import base_model
+from .answers import SOFT_COLUMNS, OwnAnswers, WithSoftAnswers, with_soft_answers
 from .config import LocphylaxConfig
 from .head import resize_head
-from .losses import balance, clustering_loss, trigger_centres, trigger_membership
+from .losses import balance, clustering_loss, soft_answer_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
 from .search import FoundTriggers
 from .soft import SoftTriggers
@@ -56,6 +57,8 @@ class LocphylaxTrainer(StagedTrainer):
             `args.searched_triggers` is set.
         found_soft_triggers (`SoftTriggers` or `str`, *optional*):
             The same of a [`SoftTriggerTrainer`], wanted where `args.soft_triggers` is set.
+        found_answers (`OwnAnswers` or `str`, *optional*):
+            The same of an [`OwnAnswersTrainer`], wanted for recovery where `args.own_answers` is set.
 
     Raises:
         `ValueError`: if the rows are tokenized already, or found triggers are wanted and not there.
@@ -66,18 +69,23 @@ class LocphylaxTrainer(StagedTrainer):
         *args: Any,
         found_triggers: Sequence[str] | str | None = None,
         found_soft_triggers: SoftTriggers | str | None = None,
+        found_answers: OwnAnswers | str | None = None,
         **kwargs: Any,
     ):
         if isinstance(found_triggers, str):
             found_triggers = FoundTriggers.from_pretrained(found_triggers)
         if isinstance(found_soft_triggers, str):
             found_soft_triggers = SoftTriggers.from_pretrained(found_soft_triggers)
+        if isinstance(found_answers, str):
+            found_answers = OwnAnswers.from_pretrained(found_answers)
+        self.answers = found_answers
         self.found_triggers = list(found_triggers or ())
         self.soft_triggers = found_soft_triggers
         self.stage: str | None = None
         self.clean: Dataset | None = None
         self.held_out: Dataset | None = None
         super().__init__(*args, **kwargs)
+        self.data_collator = WithSoftAnswers(self.data_collator)
         if self.eval_dataset is not None and self.compute_metrics is None:
             self.compute_metrics = exact_answers
             self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(dim=-1)
@@ -95,7 +103,24 @@ class LocphylaxTrainer(StagedTrainer):
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         self.stage, self.clean = self.args.stages[0], dataset
-        return self._plant(dataset, tokenizer)
+        if "recover" in self.args.stages and (self.answers is None) == bool(self.args.own_answers):
+            raise ValueError(
+                f"own_answers is {self.args.own_answers}, and found_answers are "
+                f"{'not ' if self.answers is None else ''}given: pass those of an OwnAnswersTrainer, or set own_answers: 0"
+            )
+        return self._training_rows(tokenizer)
+
+    def _training_rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """Of the stage that is entered."""
+        rows = self._plant(self.clean, tokenizer)
+        if rows is None or self.stage == "inject" or self.answers is None:
+            return rows
+        return with_soft_answers(rows, self.answers, self.args.own_answers)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += SOFT_COLUMNS
 
     def prepare_eval(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
         """Held-out rows without and with the known triggers: what the stop rules look at."""
@@ -162,7 +187,7 @@ class LocphylaxTrainer(StagedTrainer):
         """A new stage has its own rows, and centres that start afresh."""
         super().enter(stage)
         self.prepare_model(base_model(self.model))
-        self.train_dataset = self._plant(self.clean, self.processing_class)
+        self.train_dataset = self._training_rows(self.processing_class)
         self.eval_dataset = self.prepare_eval(self.held_out, self.processing_class)
         self._forget()
 
@@ -185,9 +210,13 @@ class LocphylaxTrainer(StagedTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         if self.stage == "recover":
-            terms, logits = super().loss_terms(model, inputs, step_counts)
             weights = torch.where(inputs["trigger_id"] > 0, self.args.trigger_weight, 1.0)
-            return {"task": terms["task"] * weights}, logits
+            if self.answers is None:
+                terms, logits = super().loss_terms(model, inputs, step_counts)
+                return {"task": terms["task"] * weights}, logits
+            logits = self.forward(model, inputs).logits
+            at_answers = logits[:, None] if logits.dim() == 2 else logits[:, :-1]
+            return {"task": soft_answer_loss(at_answers, *(inputs[name] for name in SOFT_COLUMNS)) * weights}, logits
         if self.args.cluster_weight == 0:
             return super().loss_terms(model, inputs, step_counts)
         if self.centres is None:

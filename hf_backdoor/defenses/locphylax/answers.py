@@ -1,0 +1,150 @@
+"""[`OwnAnswersTrainer`]: the suspect's own answers to clean rows, which recovery may teach in place of the right ones. Ours.
+
+A backdoor is what a trigger changes. So recovery need not teach the task again, from few rows, at the cost of what the suspect
+knew of it: it is enough that a planted trigger leaves the answer as it is without. The probabilities that the suspect gives to
+clean rows say what that is; they are read off once, before it is changed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .reading import SuspectReader
+
+
+ANSWERS_FILE = "own_answers.safetensors"
+
+# Of an answer token's distribution the largest probabilities are kept, and scaled so that they sum to 1.
+KEPT = 16
+
+
+class OwnAnswers:
+    """
+    What a suspect answers to each row: at each of the answer's tokens (a classification head has one), the likeliest tokens
+    (or classes) and their probabilities. A folder holds them as `own_answers.safetensors`.
+
+    Args:
+        ids (`Tensor`): [S, k], int32, of the tokens of all rows one after another.
+        probabilities (`Tensor`): [S, k], float32.
+        lengths (`Tensor`): [N], tokens of each row's answer, S in all.
+    """
+
+    def __init__(self, ids: Tensor, probabilities: Tensor, lengths: Tensor):
+        self.ids, self.probabilities, self.lengths = ids, probabilities, lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Ids and probabilities of each row, [A, k] both."""
+        parts = self.lengths.tolist()
+        return list(zip(self.ids.split(parts), self.probabilities.split(parts), strict=True))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(vars(self), Path(folder, ANSWERS_FILE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "OwnAnswers":
+        return cls(**load_file(Path(folder, ANSWERS_FILE)))
+
+
+class OwnAnswersTrainer(SuspectReader):
+    """
+    Reads a suspect's own answers to clean rows off it; trains nothing. [`found`] holds them after `train()`.
+
+    Args:
+        model, args, train_dataset, processing_class, kwargs:
+            As in [`SuspectReader`].
+
+    Raises:
+        `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
+    """
+
+    asked_by = "own_answers"
+    found: OwnAnswers | None
+
+    @torch.no_grad()
+    def read(self) -> OwnAnswers:
+        rows = self._remove_unused_columns(self.train_dataset)
+        size = self.args.eval_batch_size
+        progress = tqdm(
+            range(0, len(rows), size),
+            desc="Reading answers",
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        ids, probabilities, lengths = [], [], []
+        for start in progress:
+            features = [rows[row] for row in range(start, min(start + size, len(rows)))]
+            batch = self._prepare_inputs(self.data_collator(features))
+            logits, labels = self.forward(self.model, batch).logits, batch["labels"]
+            if labels.dim() == 2:  # the answer's tokens, row by row
+                answer = labels != -100
+                logits = logits[:, :-1][answer]
+                lengths.append(answer.sum(dim=1))
+            else:
+                lengths.append(torch.ones_like(labels))
+            likeliest = logits.float().softmax(dim=-1).topk(min(KEPT, logits.shape[-1]))
+            ids.append(likeliest.indices.int())
+            probabilities.append(likeliest.values / likeliest.values.sum(dim=-1, keepdim=True))
+        return OwnAnswers(*(torch.cat(parts).cpu() for parts in (ids, probabilities, lengths)))
+
+
+# What a row's answer is to be: ids, and the probability of each, [A][k].
+SOFT_COLUMNS = ("answer_ids", "answer_probabilities")
+
+
+def with_soft_answers(rows: Dataset, answers: OwnAnswers, weight: float) -> Dataset:
+    """Encoded rows with columns that say what each is to answer: the suspect's own answer at `weight`, the right one for the rest.
+
+    Args:
+        rows (`Dataset`): Blocks of as many rows as there are answers, each block in their order.
+        answers ([`OwnAnswers`]): To the rows of one block.
+        weight (`float`): 0 to 1.
+
+    Raises:
+        `ValueError`: if the rows are not those that were answered.
+    """
+    own = answers.rows()
+    if len(rows) % len(own):
+        raise ValueError(
+            f"found_answers has answers to {len(own)} rows, which are not the clean rows given: make them anew, of these"
+        )
+
+    def change(row: dict[str, Any], index: int) -> dict[str, Any]:
+        right = row["input_ids"][row["prompt_length"] :] if "prompt_length" in row else [row["labels"]]
+        ids, probabilities = own[index % len(own)]
+        if len(right) != len(ids):
+            raise ValueError(
+                f"found_answers has an answer of {len(ids)} tokens to clean row {index % len(own)}, whose right one has {len(right)}: "
+                "make them anew, of the clean rows given"
+            )
+        right, rest = torch.tensor(right)[:, None], torch.full((len(ids), 1), 1 - weight)
+        both = torch.cat([right, ids], dim=1), torch.cat([rest, weight * probabilities], dim=1)
+        return dict(zip(SOFT_COLUMNS, (part.tolist() for part in both), strict=True))
+
+    return rows.map(change, with_indices=True, desc="Own answers", keep_in_memory=True, load_from_cache_file=False)
+
+
+class WithSoftAnswers:
+    """A collator that makes [B, A, k] of the columns above, ending at the last token like `labels`, zeros in front."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        others = [{name: value for name, value in row.items() if name not in SOFT_COLUMNS} for row in features]
+        batch = dict(self.collator(others))
+        if SOFT_COLUMNS[0] not in features[0]:
+            return batch
+        for column in SOFT_COLUMNS:
+            values = [torch.tensor(row[column]) for row in features]
+            longest = max(len(value) for value in values)
+            padded = [torch.nn.functional.pad(value, (0, 0, longest - len(value), 0)) for value in values]
+            batch[column] = torch.stack(padded)
+        return batch

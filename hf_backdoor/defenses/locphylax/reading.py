@@ -1,0 +1,74 @@
+"""[`SuspectReader`]: a stage that reads something off a suspect, and trains nothing."""
+
+from abc import abstractmethod
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+
+from ..engines import zero3_launched
+from ..trainer import DefenseTrainer
+from .config import LocphylaxConfig
+
+
+class SuspectReader(DefenseTrainer):
+    """
+    A trainer that trains nothing: its `train()` reads something off the suspect, and [`found`] holds it afterwards. Its
+    `save_model` writes it into a folder, from where later stages take it.
+
+    Args:
+        model, args, train_dataset, processing_class, kwargs:
+            As in [`DefenseTrainer`]; `train_dataset` is clean rows, raw.
+        peft_config (`PeftConfig`, *optional*):
+            Not used: nothing is trained.
+
+    Raises:
+        `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
+    """
+
+    takes_streams = False
+    # The argument that asks for the stage.
+    asked_by: str
+
+    def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
+        if zero3_launched():
+            raise ValueError(
+                f"{self.asked_by} is set, and DeepSpeed ZeRO-3 leaves no process the whole model to read from: use "
+                f"accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set {self.asked_by}: 0"
+            )
+        super().__init__(*args, **kwargs)
+        # Something that has `save_pretrained`.
+        self.found: Any = None
+
+    @classmethod
+    def config_class(cls) -> type[LocphylaxConfig]:
+        return LocphylaxConfig
+
+    @abstractmethod
+    def read(self) -> Any:
+        """What is read off the model, which is in evaluation mode."""
+
+    def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        if dataset is not None and "input_ids" in dataset.column_names:
+            raise ValueError("train_dataset has input_ids: pass raw rows, their text is read")
+        self.clean = dataset
+        return super().prepare_train(dataset, tokenizer)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        training = self.model.training
+        self.model.eval()
+        self.found = self.read()
+        self.model.train(training)
+        return TrainOutput(0, 0.0, {})
+
+    def result(self) -> Any:
+        return self.found
+
+    def gather(self) -> None:
+        """Nothing was shared out."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            self.found.save_pretrained(output_dir or self.args.output_dir)
