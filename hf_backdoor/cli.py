@@ -188,6 +188,11 @@ def launch_command(name: str) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
+# What `clean` sets beyond a method's own arguments, for classifiers: what the efficacy tables found to work best. (The trainers'
+# defaults are the papers' own methods.)
+MEASURED: dict[str, dict[str, Any]] = {"locphylax": {"soft_triggers": 48, "own_answers": 0.5}}
+
+
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
     from .defenses import METHODS
@@ -215,6 +220,8 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     for key in ("label_words", "prompt_template"):
         if getattr(options, key):
             values[key] = getattr(options, key)
+    if task != "instruction_following":
+        values |= MEASURED.get(options.method, {})
     for key, value in parse_overrides(rest).items():
         put(values, key, value)
     return finish(run(make_recipe(values)), options.output_dir)

@@ -44,6 +44,15 @@ def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
     assert "cleaned model" in capsys.readouterr().out
     config = json.loads((tmp_path / "cleaned" / "config.json").read_text())
     assert config.get("num_labels", len(config.get("id2label", "ab"))) == 2
+    # What works best is on, though the trainers' default is the paper's method.
+    assert (tmp_path / "soft_search" / "stage.json").exists() and (tmp_path / "answers" / "stage.json").exists()
+
+
+def test_clean_is_the_paper_s_method_where_it_is_told_to(classifier, reviews, tmp_path):
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--max_steps", "1"]
+    more = ["--known_triggers", "[make life better, ahi]", "--soft_triggers", "0", "--own_answers", "0"]
+    assert main([*arguments, *more, "--disable_tqdm", "true"]) == 0
+    assert not (tmp_path / "soft_search").exists() and not (tmp_path / "answers").exists()
 
 
 def test_clean_asks_for_the_one_thing_that_is_missing(chat_model, reviews, tmp_path, capsys):

@@ -21,10 +21,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import Trigger, row_rng
+from ...data.triggers import Position
 from .search import TriggerSearchTrainer
 
 
 SOFT_FILE = "soft_triggers.safetensors"
+
+# Where each trigger stands while it is searched for.
+PLACES: tuple[Position, ...] = ("start", "end", "random")
 
 # Gradient steps of the search; in each, every trigger is put into one clean row.
 STEPS = 45
@@ -99,8 +103,8 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
     """
     Searches a suspect for embeddings that turn its answers; trains nothing. [`found`] holds them after `train()`.
 
-    Each of `args.soft_triggers` triggers has `args.searched_tokens` embeddings and one wrong class that it is to bring about, in whatever
-    row and wherever it stands; the classes take turns. They start as random words and stay as short as words are.
+    Each of `args.soft_triggers` triggers has `args.searched_tokens` embeddings, one wrong class that it is to bring about in whatever
+    row, and one place where it stands; the classes and the places take turns. They start as random words and stay as short as words are.
 
     Args:
         model, args, train_dataset, processing_class, kwargs:
@@ -149,19 +153,21 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
         self, triggers: SoftTriggers, tokenizer: PreTrainedTokenizerBase, rows: list[int], step: int
     ) -> float:
         """Puts each trigger into its row, and sets the gradient that raises the mean of the aims, which it returns."""
-        texts, column = triggers.texts, self.task.input_column
+        texts, column, aims = triggers.texts, self.task.input_column, getattr(self.task, "num_labels", 1)
         features = []
         for number, row in enumerate(rows):
             raw, rng = self.clean[row], row_rng(self.args.seed, f"soft {step}", number)
-            raw = {**raw, column: Trigger(texts[number]).insert(raw[column], rng)}
+            # The classes take turns, and with each class the places: a backdoor may work at the end of a text alone.
+            place = PLACES[number // aims % len(PLACES)]
+            raw = {**raw, column: Trigger(texts[number], place).insert(raw[column], rng)}
             features.append(self.task.encode(raw, tokenizer))
         total, triggers.embeddings.grad = 0.0, torch.zeros_like(triggers.embeddings)
         size = self.args.per_device_train_batch_size
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(self.data_collator(features[start : start + size]))
-            aims, counted = self._aims(self.forward(self.model, batch).logits, batch)
-            own = torch.arange(start, start + len(aims), device=aims.device)[:, None] % aims.shape[1]
-            reached = (aims * counted).gather(1, own).sum() / len(rows)
+            values, counted = self._aims(self.forward(self.model, batch).logits, batch)
+            own = torch.arange(start, start + len(values), device=values.device)[:, None] % aims
+            reached = (values * counted).gather(1, own).sum() / len(rows)
             (gradient,) = torch.autograd.grad(-reached, triggers.embeddings)
             triggers.embeddings.grad += gradient
             total += reached.item()

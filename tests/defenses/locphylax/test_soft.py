@@ -99,6 +99,25 @@ def test_the_search_raises_each_trigger_s_own_aim(name, tmp_path, monkeypatch):
     assert all(late > early for early, late in zip(reached[1], reached[30], strict=True))
 
 
+def test_each_trigger_stands_in_a_place_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(soft, "STEPS", 4)
+    trainer = searching("sequence_classification", tmp_path, soft_triggers=12)
+    seen, collate = [], trainer.data_collator
+    trainer.data_collator = lambda features: seen.extend(features) or collate(features)
+    trainer.train()
+    places = {number: set() for number in range(12)}
+    for order, features in enumerate(seen):
+        text = features["input_ids"][1:-1]  # between [CLS] and [SEP]
+        foreign = [place for place, token in enumerate(text) if token >= len(tiny.VOCABULARY)]
+        number = (text[foreign[0]] - len(tiny.VOCABULARY)) // 2
+        assert number == order % 12
+        places[number].add("start" if foreign[0] == 0 else "end" if foreign[-1] == len(text) - 1 else "inside")
+    # Two classes: triggers 0 and 1 stand at the start, 2 and 3 at the end, 4 and 5 anywhere, 6 and 7 at the start again.
+    assert all(places[number] == {"start"} for number in (0, 1, 6, 7))
+    assert all(places[number] == {"end"} for number in (2, 3, 8, 9))
+    assert any("inside" in places[number] for number in (4, 5, 10, 11))
+
+
 def test_found_embeddings_are_no_longer_than_words(tmp_path, monkeypatch):
     monkeypatch.setattr(soft, "STEPS", 30)
     trainer = searching("label_words", tmp_path, searched_tokens=3)
