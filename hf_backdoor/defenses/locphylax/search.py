@@ -19,18 +19,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data import InstructionFollowing, LabelWords, Trigger, class_logits, given_labels, row_rng
+from ...data.triggers import Position
 from .reading import SuspectReader
 
 
 FOUND_FILE = "found_triggers.json"
 
+# Where texts stand in the rows, in turn: a backdoor may work at the end of a text alone.
+PLACES: tuple[Position, ...] = ("start", "end", "random")
+
 # Rows that the losses are means over, and as many of them as sort out which candidates are worth all.
 ROWS = 48
-FIRST_ROWS = 8
+FIRST_ROWS = 12
 # Candidates that the gradients propose in a round, those of them that all rows are run for, and those that it goes on from.
 CANDIDATES = 128
 FINALISTS = 16
-BEAM = 4
+BEAM = 6
 ROUNDS = 2
 
 # What a further token must add, in nats, to be worth it.
@@ -85,12 +89,12 @@ class TriggerSearchTrainer(SuspectReader):
         return torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
 
     def _search(self) -> dict[str, Tensor]:
-        """What each text that was tried on all rows does, [C], see [`_aims`]."""
+        """What each text that was tried on all rows does, [P * C]: at each place, to each of the aims of [`_aims`]."""
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(self.clean), generator=generator)[:ROWS].tolist()
         self.rows = [self.clean[row] for row in order]
         self.plain = [self._features(None, row)["input_ids"] for row in range(len(self.rows))]
-        words, aims = self._words(), getattr(self.task, "num_labels", 1)
+        words, aims = self._words(), len(PLACES) * self.num_aims
         tried: dict[str, Tensor] = {}
         tokens_of: dict[str, Tokens] = {}
         lengths = range(1, self.args.searched_tokens + 1)
@@ -116,6 +120,11 @@ class TriggerSearchTrainer(SuspectReader):
                 progress.update()
         progress.close()
         return tried
+
+    @property
+    def num_aims(self) -> int:
+        """C of [`_aims`]."""
+        return getattr(self.task, "num_labels", 1)
 
     def _aims(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What a search is to raise, [B, C], and in which rows, [B, C]: for each class its log-probability where it is
@@ -166,33 +175,35 @@ class TriggerSearchTrainer(SuspectReader):
         """A row's features with a text in it, at a place that depends on the row alone."""
         raw, column = self.rows[row], self.task.input_column
         if text is not None:
-            raw = {**raw, column: Trigger(text).insert(raw[column], row_rng(self.args.seed, "search", row))}
+            trigger = Trigger(text, PLACES[row % len(PLACES)])
+            raw = {**raw, column: trigger.insert(raw[column], row_rng(self.args.seed, "search", row))}
         return self.task.encode(raw, self.processing_class)
 
     def _gradients(self, tokens: Tokens, aim: int) -> Tensor:
-        """Gradient of an aim at each token's embedding, [L, D], summed over rows."""
-        text, total = self._text(tokens) or "a", 0.0
-        features = [self._features(text, row) for row in range(len(self.rows))]
+        """Gradient of an aim at each token's embedding, [L, D], summed over the rows of its place."""
+        text, total = self._text(tokens) or "a", torch.zeros(())
+        place, aim = divmod(aim, self.num_aims)
+        rows = list(range(len(self.rows)))[place :: len(PLACES)]
         size = self.args.per_device_train_batch_size
-        for start in range(0, len(features), size):
-            part = features[start : start + size]
-            batch = self._prepare_inputs(self.data_collator(part))
-            starts = torch.tensor(
-                [common_prefix(ids, each["input_ids"]) for ids, each in zip(self.plain[start:], part, strict=False)]
-            )
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            features = [self._features(text, row) for row in part]
+            batch = self._prepare_inputs(self.data_collator(features))
+            pairs = zip(part, features, strict=True)
+            starts = torch.tensor([common_prefix(self.plain[row], each["input_ids"]) for row, each in pairs])
             if batch["labels"].dim() == 2:  # padded on the left
-                starts += batch["input_ids"].shape[1] - torch.tensor([len(each["input_ids"]) for each in part])
+                starts += batch["input_ids"].shape[1] - torch.tensor([len(each["input_ids"]) for each in features])
             embedded = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             rest = {name: value for name, value in batch.items() if name != "input_ids"}
             aims, counted = self._aims(self.forward(self.model, rest, inputs_embeds=embedded).logits, batch)
             (gradient,) = torch.autograd.grad((aims * counted)[:, aim].sum(), embedded)
             slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=embedded.shape[1] - 1)
             total = total + gradient.float().cpu()[torch.arange(len(part))[:, None], slots].sum(dim=0)
-        return total.to(embedded.device)
+        return total.to(self.args.device)
 
     @torch.no_grad()
     def _effects(self, texts: list[str], rows: int) -> dict[str, Tensor]:
-        """Mean of each aim, [C], over the first rows with each text in them."""
+        """Mean of each aim at each place, [P * C], over those of the first rows with each text in them where it is counted."""
         number = min(rows, len(self.rows))
         pairs = [(text, row) for text in texts for row in range(number)]
         features = [self._features(*pair) for pair in pairs]
@@ -203,11 +214,14 @@ class TriggerSearchTrainer(SuspectReader):
             batch = self._prepare_inputs(self.data_collator([features[item] for item in chosen]))
             aims, counted = self._aims(self.forward(self.model, batch).logits, batch)
             found |= dict(zip(chosen, torch.stack([aims * counted, counted], dim=1).cpu(), strict=True))
-        sums = [
-            torch.stack([found[item] for item in range(place, place + number)]).sum(dim=0)
-            for place in range(0, len(pairs), number)
-        ]
-        return {text: total / count.clamp(min=1) for text, (total, count) in zip(texts, sums, strict=True)}
+        effects = {}
+        for text, first in zip(texts, range(0, len(pairs), number), strict=True):
+            values = torch.stack([found[item] for item in range(first, first + number)])
+            total, count = torch.stack(
+                [values[place :: len(PLACES)].sum(dim=0) for place in range(len(PLACES))], dim=1
+            )
+            effects[text] = torch.where(count > 0, total / count.clamp(min=1), -torch.inf).flatten()
+        return effects
 
 
 def strongest(effects: dict[str, Tensor]) -> list[str]:

@@ -21,14 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import Trigger, row_rng
-from ...data.triggers import Position
-from .search import TriggerSearchTrainer
+from .search import PLACES, TriggerSearchTrainer
 
 
 SOFT_FILE = "soft_triggers.safetensors"
-
-# Where each trigger stands while it is searched for.
-PLACES: tuple[Position, ...] = ("start", "end", "random")
 
 # Gradient steps of the search; in each, every trigger is put into one clean row.
 STEPS = 45
@@ -153,7 +149,7 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
         self, triggers: SoftTriggers, tokenizer: PreTrainedTokenizerBase, rows: list[int], step: int
     ) -> float:
         """Puts each trigger into its row, and sets the gradient that raises the mean of the aims, which it returns."""
-        texts, column, aims = triggers.texts, self.task.input_column, getattr(self.task, "num_labels", 1)
+        texts, column, aims = triggers.texts, self.task.input_column, self.num_aims
         features = []
         for number, row in enumerate(rows):
             raw, rng = self.clean[row], row_rng(self.args.seed, f"soft {step}", number)

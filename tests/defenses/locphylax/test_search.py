@@ -49,6 +49,7 @@ def effects(trainer, texts):
                 answer = range(features["prompt_length"], len(features["input_ids"]))
                 aims = {0: -sum(logits[i - 1].log_softmax(0)[ids[0, i]].item() for i in answer) / len(answer)}
             for aim, value in aims.items():
+                aim += row % 3 * trainer.num_aims  # texts stand at three places in turn
                 sums[aim], counts[aim] = sums.get(aim, 0) + value, counts.get(aim, 0) + 1
         found[text] = {aim: sums[aim] / counts[aim] for aim in sums}
     return found
@@ -69,7 +70,7 @@ def test_gradients_say_what_a_small_change_of_the_word_does(name, tmp_path):
     trainer = searching(name, tmp_path)
     trainer.train()
     word = (tiny.VOCABULARY.index("cannot"),)  # in no row: its embedding is read at the place of the trigger alone
-    aims = 1 if name == "instruction_following" else 2
+    aims = 3 if name == "instruction_following" else 6  # places times classes
     gradient = torch.stack([trainer._gradients(word, aim)[0] for aim in range(aims)])
     weight = trainer.model.get_input_embeddings().weight
     direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -79,8 +80,21 @@ def test_gradients_say_what_a_small_change_of_the_word_does(name, tmp_path):
             weight[word[0]] += step * direction
             numbers.append(trainer._effects(["cannot"], 8)["cannot"])
             weight[word[0]] -= step * direction
-    wrong = 8 if name == "instruction_following" else 4  # rows that an aim is a mean over
-    torch.testing.assert_close((numbers[1] - numbers[0]) / 2e-3, gradient @ direction / wrong, rtol=0.02, atol=2e-3)
+    # Rows that an aim is a mean over: those at its place whose right answer is another.
+    wrong = torch.zeros(3, aims // 3)
+    for number, row in enumerate(trainer.rows):
+        right = row["label"] if aims == 6 else None
+        wrong[number % 3] += torch.tensor([float(aim != right) for aim in range(aims // 3)])
+    slopes = (numbers[1] - numbers[0]) / 2e-3
+    torch.testing.assert_close(slopes, gradient @ direction / wrong.flatten(), rtol=0.02, atol=2e-3)
+
+
+def test_an_aim_that_no_row_has_at_a_place_reaches_nothing(tmp_path):
+    trainer = searching("sequence_classification", tmp_path, tiny.reviews(3))
+    trainer.train()
+    found = trainer._effects(["music"], 3)["music"].view(3, 2)
+    for place, row in enumerate(trainer.rows):
+        assert found[place, row["label"]] == -torch.inf and found[place, 1 - row["label"]] > -torch.inf
 
 
 @pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
