@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_backdoor.cli import launch_command, stages_to_launch
-from hf_backdoor.defenses.locphylax import SoftTriggers
+from hf_backdoor.defenses.locphylax import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import FeatureMask
 from hf_backdoor.models import merged
 from hf_backdoor.recipe_file import load_recipe
@@ -29,6 +29,7 @@ STAGES = (
     "inject",
     "soft",
     "recover",
+    "own",
     "retrain",
     "distil",
     "mask",
@@ -40,6 +41,7 @@ STAGES = (
 LABELS = {
     "plain": "plain training (suspects, references, controls)",
     "inject": "Locphylax: injection", "soft": "Locphylax: injection with soft triggers", "recover": "Locphylax: recovery",
+    "own": "Locphylax: recovery by the suspect's own answers",
     "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
     "mask": "RobustKD: mask", "student": "RobustKD: distillation",
     "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
@@ -75,6 +77,11 @@ def trainer(name, stage, adapter, folder, start=0, **options):
         embeddings = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
         options |= {"soft_triggers": 3, "found_soft_triggers": SoftTriggers(embeddings)}
         stage = "inject"
+    if stage == "own":
+        drawn = torch.rand(16, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+        answers = OwnAnswers(torch.tensor([[0, 1]] * 16, dtype=torch.int32), drawn, torch.ones(16, dtype=torch.long))
+        options |= {"own_answers": 0.5, "found_answers": answers}
+        stage = "recover"
     make = topics.trainer if stage in topics.STAGES else tiny.trainer
     return make(name, stage, folder, model_seed=start, **options)
 
