@@ -301,3 +301,20 @@ def in_two_processes(work: Callable[[], Any], folder: Path) -> Any:
 
     debug_launcher(child, num_processes=2)
     return torch.load(file)
+
+
+def assert_trains_alike(made: Callable[..., DefenseTrainer], folder: Path) -> None:
+    """That a trainer, of batches of 8, ends where it does with 8 micro-batches of one and with two processes of 4."""
+
+    def trained(**options: Any) -> dict[str, torch.Tensor]:
+        trainer = made(**options)
+        before = parameters(trainer.model)
+        trainer.train()
+        assert largest_difference(before, parameters(trainer.model)) > 1e-3
+        return parameters(trainer.model)
+
+    expected = trained()
+    by_ones = trained(per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert largest_difference(expected, by_ones) < 1e-5
+    shared_out = in_two_processes(lambda: trained(per_device_train_batch_size=4), folder)
+    assert largest_difference(expected, shared_out) < 1e-5
