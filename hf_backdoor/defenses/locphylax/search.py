@@ -181,7 +181,8 @@ class TriggerSearchTrainer(SuspectReader):
 
     def _gradients(self, tokens: Tokens, aim: int) -> Tensor:
         """Gradient of an aim at each token's embedding, [L, D], summed over the rows of its place."""
-        text, total = self._text(tokens) or "a", torch.zeros(())
+        text = self._text(tokens) or "a"
+        total = torch.zeros(len(tokens), self.model.get_input_embeddings().weight.shape[1])
         place, aim = divmod(aim, self.num_aims)
         rows = list(range(len(self.rows)))[place :: len(PLACES)]
         size = self.args.per_device_train_batch_size

@@ -89,6 +89,12 @@ def test_gradients_say_what_a_small_change_of_the_word_does(name, tmp_path):
     torch.testing.assert_close(slopes, gradient @ direction / wrong.flatten(), rtol=0.02, atol=2e-3)
 
 
+def test_two_rows_are_enough(tmp_path):
+    trainer = searching("sequence_classification", tmp_path, tiny.reviews(2))
+    trainer.train()
+    assert len(trainer.found) == 3
+
+
 def test_an_aim_that_no_row_has_at_a_place_reaches_nothing(tmp_path):
     trainer = searching("sequence_classification", tmp_path, tiny.reviews(3))
     trainer.train()
