@@ -34,5 +34,15 @@ def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     answer = labels != -100
     # The head's vocabulary is wide and short answers leave most columns empty: go on with the answer's rows only.
     tokens = F.cross_entropy(logits[:, :-1][answer].float(), labels[answer], reduction="none")
-    sums = torch.zeros(len(labels), device=logits.device).index_add(0, answer.nonzero()[:, 0], tokens)
+    return mean_over_answers(tokens, answer)
+
+
+def mean_over_answers(tokens: Tensor, answer: Tensor) -> Tensor:
+    """Mean of each sample's answer tokens, [B], 0 for a sample without any.
+
+    Args:
+        tokens (`Tensor`): [S], a value for each answer token, sample after sample.
+        answer (`Tensor`): [B, A], bool, S of them true.
+    """
+    sums = torch.zeros(len(answer), device=tokens.device).index_add(0, answer.nonzero()[:, 0], tokens)
     return sums / answer.sum(dim=1).clamp(min=1)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..losses import mean_over_answers
+
 
 def trigger_centres(states: Tensor, trigger_ids: Tensor, num_triggers: int) -> Tensor:
     """Mean state of each known trigger's samples; zeros where there is none.
@@ -65,8 +67,7 @@ def soft_answer_loss(logits: Tensor, ids: Tensor, probabilities: Tensor) -> Tens
     answer = probabilities.sum(dim=-1) > 0
     likely = logits[answer].float().log_softmax(dim=-1).gather(1, ids[answer].long())
     tokens = -(likely * probabilities[answer]).sum(dim=1)
-    sums = torch.zeros(len(logits), device=logits.device).index_add(0, answer.nonzero()[:, 0], tokens)
-    return sums / answer.sum(dim=1).clamp(min=1)
+    return mean_over_answers(tokens, answer)
 
 
 def balance(injection_loss: float, clustering_loss: float) -> float:

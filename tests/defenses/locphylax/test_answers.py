@@ -107,7 +107,6 @@ def test_at_1_no_label_is_needed(name, tmp_path):
 @pytest.mark.parametrize("name", tiny.TASKS)
 def test_a_model_goes_over_to_the_suspect_s_answers(name, tmp_path):
     trainer = recovering(name, tmp_path, max_steps=30, learning_rate=0.02, optim="adamw_torch")
-    losses = []
     trainer.train()
     losses = tiny.logged(trainer, "loss")
     entropy = -sum((p * p.clamp(min=1e-9).log()).sum(dim=1).mean() for _, p in trainer.answers.rows()) / 16
