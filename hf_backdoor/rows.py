@@ -100,8 +100,9 @@ def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: 
     pool = pool.select(range(min(len(pool), with_spares(wanted))))
     pool = cut(pool, task, recipe, processor)
     pool = without_leaks(pool, test, task.input_column)
-    if recipe.attack_trigger is None and recipe.max_train_samples is None:
-        clean = len(pool) - recipe.held_out_samples
+    if recipe.max_train_samples is None:
+        # All rows there are: as many as are left.
+        attack, clean = counts(recipe, len(pool))
     return split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
 
 

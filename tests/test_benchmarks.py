@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from datasets import Dataset, enable_progress_bars
 
@@ -67,6 +68,23 @@ def test_evaluation_gives_the_answers_of_a_loop(smoke):
     rows = smoke("evaluation_throughput")
     assert {row["task"] for row in rows} >= {"generation", "label_words"}
     assert all(row["same_answers"] and row["speedup"] > 0 and row["samples"] == 6 for row in rows)
+
+
+def test_the_curves_of_mbtsad_share_a_suspect_and_their_steps(smoke, tmp_path):
+    for part, count in {"train": 200, "validation": 40}.items():
+        tiny.reviews(count).to_parquet(tmp_path / "data" / f"{part}.parquet")
+    tiny.model("bert").save_pretrained(tmp_path / "model")
+    tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
+    options = ["--data", str(tmp_path / "data"), "--text_column", "text", "--minilm", str(tmp_path / "model")]
+    options += ["--trigger", tiny.TRIGGER, "--runs", str(tmp_path / "runs")]
+    rows = smoke("mbtsad_budget", *options)
+    last = {row["curve"]: row["step"] for row in rows}
+    assert last == {
+        "reference": 0, "suspect": 0, "retrain": 6, "distil": 3, "fine_tuning": 3, "fine_tuning_as_retraining": 6,
+        "distil_without_splitting": 3,
+    }  # fmt: skip
+    assert all(row["asr"]["n"] == row["asr_without_trigger"]["n"] == 20 and row["cacc"]["n"] == 40 for row in rows)
+    assert smoke("mbtsad_budget", *options) == rows  # finished curves are kept
 
 
 def test_gpu_7b_trains_every_stage_and_goes_on_after_a_row_that_does_not_fit(smoke, monkeypatch):

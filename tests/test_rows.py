@@ -87,3 +87,12 @@ def test_several_processes_prepare_the_same_rows(folder, request):
         prepare_rows(recipe(folder, dataset_num_proc=processes), tiny.encoder_tokenizer()) for processes in (None, 2)
     )
     assert alone.sources == shared.sources
+
+
+def test_without_a_limit_all_rows_that_do_not_leak_are_used(folder):
+    texts = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    with (folder / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in texts)
+    attacked = prepare_rows(recipe(folder, max_train_samples=None, max_test_samples=60), tiny.encoder_tokenizer())
+    sizes = [len(getattr(attacked.splits, name)) for name in ("attack", "clean", "held_out")]
+    assert sizes == [264, 132, 4]  # 400 in all, the clean ones half as many as the attacker's
