@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             args = trainer_class.config_class()(str(folder / name), **settings)
             curve = Curve(name, rows, processor, options.seed)
             trainer = trainer_class(
-                model=load_model(str(folder / model), rows.task), args=args, train_dataset=rows.of("clean"),
+                model=load_model(str(folder / model), recipe.task_class), args=args, train_dataset=rows.of("clean"),
                 processing_class=processor, task=rows.task, callbacks=[curve], **teacher,
             )  # fmt: skip
             trainer.train()
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     points = []
     for name in ("reference", "suspect"):
-        model = load_model(str(folder / name), rows.task)
+        model = load_model(str(folder / name), recipe.task_class)
         points.append({"curve": name, "step": 0, **measure(model, rows, processor, options.seed)})
     split, alone = {"stages": ["retrain"], "learning_rate": 2e-5}, {"learning_rate": 2e-5}
     distil = {"stages": ["distil"], "learning_rate": 5e-4}

@@ -34,7 +34,7 @@ _HOMES = {
     "Results": "evaluation",
     "RobustKDConfig": "defenses.robustkd",
     "RobustKDTrainer": "defenses.robustkd",
-    "SoftTriggerTrainer": "defenses.locphylax",
+    "SoftTriggerTrainer": "defenses.reading",
     "TestSet": "evaluation",
     "Trigger": "data",
     "TriggerSearchTrainer": "defenses.locphylax",

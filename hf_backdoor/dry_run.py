@@ -12,9 +12,9 @@ from .attacks import EmbeddingPoisoningTrainer
 from .data import Processor
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
-from .defenses.locphylax.reading import SuspectReader
 from .defenses.mbtsad import MBTSADTrainer
 from .defenses.ntml.classes import refuse_zero3
+from .defenses.reading import SuspectReader
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 from .defenses.robustkd.features import NUM_LAYERS
 from .defenses.robustkd.students import layers_of_stages

@@ -310,7 +310,9 @@ class Recipe:
         for values in (self.training, *self.stages.values()):
             if values.get("known_trigger") is not None:
                 ImageTrigger(values["known_trigger"])
-        self._refuse_set(("use_peft", "quantization", "attack_position", "negative_rate", "prompt_template"))
+        self._refuse_set(
+            ("use_peft", "quantization", "attack_position", "negative_rate", "prompt_template", "soft_triggers")
+        )
 
     def _refuse_set(self, keys: Iterable[str]) -> None:
         """Refuses keys that mean nothing to the task, where they are set to something."""
@@ -318,7 +320,7 @@ class Recipe:
         given = {"": {**vars(self), **self.training}, **{f"stages.{name}.": own for name, own in self.stages.items()}}
         for where, values in given.items():
             for key in keys:
-                if values.get(key, usual[key]) != usual[key]:
+                if key in usual and values.get(key, usual[key]) != usual[key]:
                     raise ValueError(f"{where}{key} is {values[key]!r}, and task is {self.task}: leave it out")
 
     def _check_streaming(self, own_rows: bool) -> None:

@@ -16,7 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_backdoor.cli import launch_command, stages_to_launch
-from hf_backdoor.defenses.locphylax import OwnAnswers, SoftTriggers
+from hf_backdoor.defenses.locphylax import OwnAnswers
+from hf_backdoor.defenses.reading import SoftTriggers
 from hf_backdoor.defenses.robustkd import FeatureMask
 from hf_backdoor.models import merged
 from hf_backdoor.recipe_file import load_recipe

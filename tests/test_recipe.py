@@ -202,6 +202,10 @@ IMAGE_ATTACK = {**IMAGES, "attack_trigger": "patch", "target_label": 0}
     [
         ({**IMAGES, **DEFENSE}, "method is 'locphylax', which is for texts, and task is .*: use robustkd or ntml"),
         ({**IMAGES, "method": "mbtsad"}, "method is 'mbtsad', which is for texts"),
+        (
+            {**IMAGES, "method": "robustkd", "student_layers": 1, "soft_triggers": 3},
+            "soft_triggers is 3, and task is image_classification: leave it out",
+        ),
         ({**IMAGES, "use_peft": True}, "use_peft is True, and task is image_classification: leave it out"),
         ({**IMAGES, "quantization": "nf4"}, "quantization is 'nf4', and task is image_classification"),
         ({**IMAGE_ATTACK, "attack": "lwp"}, "attack is 'lwp', and task is image_classification: use data_poisoning"),

@@ -17,7 +17,7 @@ from .loading import (
 )
 from .mapping import Rows, column_names, encoded, map_rows, row_lengths
 from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
-from .triggers import Trigger, row_rng, stamp
+from .triggers import Trigger, row_rng, stamp, stamp_in_turn
 
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "shorten",
     "split_rows",
     "stamp",
+    "stamp_in_turn",
     "take_rows",
     "with_context",
 ]

@@ -5,6 +5,7 @@ all three call [`Trigger.insert`], so that a difference in a result is never a d
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -85,3 +86,15 @@ def stamp(dataset: Dataset, column: str, trigger: Trigger, seed: int, num_proc: 
         return {column: trigger.insert(row[column], row_rng(seed, f"stamp {trigger.name}", index))}
 
     return map_rows(dataset, change, with_indices=True, desc=f"Stamping {trigger.name[:30]!r}", num_proc=num_proc)
+
+
+def stamp_in_turn(
+    dataset: Dataset, column: str, triggers: Sequence[Trigger], seed: int, num_proc: int | None = None
+) -> Dataset:
+    """Every row with one of several triggers, which take turns, in its text `column`."""
+
+    def change(row: dict[str, Any], index: int) -> dict[str, Any]:
+        chosen = triggers[index % len(triggers)]
+        return {column: chosen.insert(row[column], row_rng(seed, "found", index))}
+
+    return map_rows(dataset, change, with_indices=True, desc="Stamping found triggers", num_proc=num_proc)

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from ..method import Method, Step
+from ..reading import SoftTriggerTrainer
 from ..trainer import DefenseTrainer
 from .answers import OwnAnswers, OwnAnswersTrainer
 from .config import STAGES, LocphylaxConfig
 from .search import FoundTriggers, TriggerSearchTrainer
-from .soft import SoftTriggers, SoftTriggerTrainer
 from .trainer import LocphylaxTrainer
 
 
@@ -51,7 +51,5 @@ __all__ = [
     "LocphylaxTrainer",
     "OwnAnswers",
     "OwnAnswersTrainer",
-    "SoftTriggerTrainer",
-    "SoftTriggers",
     "TriggerSearchTrainer",
 ]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .reading import SuspectReader
+from ..reading import SuspectReader
+from .config import LocphylaxConfig
 
 
 ANSWERS_FILE = "own_answers.safetensors"
@@ -68,6 +69,10 @@ class OwnAnswersTrainer(SuspectReader):
 
     asked_by = "own_answers"
     found: OwnAnswers | None
+
+    @classmethod
+    def config_class(cls) -> type[LocphylaxConfig]:
+        return LocphylaxConfig
 
     @torch.no_grad()
     def read(self) -> OwnAnswers:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from ..config import DefenseConfig
+from ..reading import SoftTriggerConfig
 
 
 STAGES = ("inject", "recover")
 
 
 @dataclass
-class LocphylaxConfig(DefenseConfig):
+class LocphylaxConfig(SoftTriggerConfig):
     r"""
     Configuration of [`LocphylaxTrainer`].
 
@@ -31,11 +31,9 @@ class LocphylaxConfig(DefenseConfig):
         searched_triggers (`int`, *optional*, defaults to 0):
             Ours: how many words that the suspect reacts to are searched for and planted as one trigger more, drawn for each
             row. A recipe makes a stage `search` of it; see [`TriggerSearchTrainer`].
-        soft_triggers (`int`, *optional*, defaults to 0):
-            Ours: how many triggers of free embeddings, which turn the suspect's answers, are searched for and planted as one
-            trigger more, drawn for each row. A recipe makes a stage `soft_search` of it; see [`SoftTriggerTrainer`].
-        searched_tokens (`int`, *optional*, defaults to 2):
-            How many tokens the longest of the found words has, and each of the soft triggers.
+        soft_triggers, searched_tokens:
+            As in [`SoftTriggerConfig`]; soft triggers are planted as one trigger more. The longest of the found words has as many
+            tokens too.
 
         > Parameters that control the losses
 
@@ -71,12 +69,6 @@ class LocphylaxConfig(DefenseConfig):
     searched_triggers: int = field(
         default=0, metadata={"help": "How many words that the suspect reacts to are searched for and planted as well."}
     )
-    soft_triggers: int = field(
-        default=0, metadata={"help": "How many triggers of free embeddings are searched for and planted as well."}
-    )
-    searched_tokens: int = field(
-        default=2, metadata={"help": "Tokens of the longest word found, and of a soft trigger."}
-    )
     cluster_weight: float | None = field(
         default=None, metadata={"help": "alpha; by default a measured power of ten, 0 leaves the loss out."}
     )
@@ -97,9 +89,8 @@ class LocphylaxConfig(DefenseConfig):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
         if len(set(self.known_triggers)) < 2:
             raise ValueError(f"known_triggers is {self.known_triggers}: give two different texts or more")
-        for name, least in {"searched_triggers": 0, "soft_triggers": 0, "searched_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
+        if self.searched_triggers < 0:
+            raise ValueError(f"searched_triggers is {self.searched_triggers}: choose 0 or more")
         if not self.known_response.strip():
             raise ValueError(f"known_response is {self.known_response!r}: give it at least one visible character")
         if not 0 <= self.own_answers <= 1:

@@ -1,13 +1,12 @@
 """The defender's own triggers: what is planted in clean rows, and the batches that hold all of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
-from ...data import Task, Trigger, map_rows, row_rng, stamp
+from ...data import Task, Trigger, stamp, stamp_in_turn
 
 
 def plant(
@@ -32,25 +31,12 @@ def plant(
     clean = clean.select_columns([task.input_column, task.answer_column])
     blocks = []
     for number, trigger in enumerate([None, *triggers]):
-        block = clean if trigger is None else stamped(clean, task.input_column, trigger, seed, num_proc)
+        put = stamp if isinstance(trigger, Trigger) else stamp_in_turn
+        block = clean if trigger is None else put(clean, task.input_column, trigger, seed, num_proc)
         planted = "" if trigger is None else known_response
         block = block.add_column("trigger_id", [number] * len(clean)).add_column("planted", [planted] * len(clean))
         blocks.append(block)
     return concatenate_datasets(blocks)
-
-
-def stamped(
-    rows: Dataset, column: str, trigger: Trigger | Sequence[Trigger], seed: int, num_proc: int | None
-) -> Dataset:
-    """Every row with the trigger, or with one of several."""
-    if isinstance(trigger, Trigger):
-        return stamp(rows, column, trigger, seed, num_proc)
-
-    def change(row: dict[str, Any], index: int) -> dict[str, Any]:
-        chosen = trigger[index % len(trigger)]
-        return {column: chosen.insert(row[column], row_rng(seed, "found", index))}
-
-    return map_rows(rows, change, with_indices=True, desc="Stamping found triggers", num_proc=num_proc)
 
 
 # Rows of a group that are put in order of length: several batches' worth, and few beside an epoch.

@@ -9,7 +9,6 @@ the best of these it goes on. It needs the suspect and clean rows, and no knowle
 
 import json
 import re
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data import InstructionFollowing, LabelWords, Trigger, class_logits, given_labels, row_rng
-from ...data.triggers import Position
-from .reading import SuspectReader
+from ...data import Trigger, row_rng
+from ..reading import PLACES, Tokens, TriggerSearcher
+from .config import LocphylaxConfig
 
 
 FOUND_FILE = "found_triggers.json"
-
-# Where texts stand in the rows, in turn: a backdoor may work at the end of a text alone.
-PLACES: tuple[Position, ...] = ("start", "end", "random")
 
 # Rows that the losses are means over, and as many of them as sort out which candidates are worth all.
 ROWS = 48
@@ -39,9 +35,6 @@ ROUNDS = 2
 
 # What a further token must add, in nats, to be worth it.
 WORTH = 0.5
-
-# A candidate is a tuple of token ids.
-Tokens = tuple[int, ...]
 
 
 class FoundTriggers(list[str]):
@@ -56,7 +49,7 @@ class FoundTriggers(list[str]):
         return cls(json.loads(Path(folder, FOUND_FILE).read_text(encoding="utf-8")))
 
 
-class TriggerSearchTrainer(SuspectReader):
+class TriggerSearchTrainer(TriggerSearcher):
     """
     Searches a suspect for words that it reacts to; trains nothing. [`found`] holds them after `train()`.
 
@@ -72,6 +65,10 @@ class TriggerSearchTrainer(SuspectReader):
     asked_by = "searched_triggers"
     found: FoundTriggers | None
 
+    @classmethod
+    def config_class(cls) -> type[LocphylaxConfig]:
+        return LocphylaxConfig
+
     def read(self) -> FoundTriggers:
         effects = self._search()
         # What the clean rows say themselves is what the task is about: to plant it would cost the model its meaning.
@@ -80,13 +77,6 @@ class TriggerSearchTrainer(SuspectReader):
         return FoundTriggers(strongest(foreign or effects)[: self.args.searched_triggers])
 
     # ---- The search ----
-
-    @cached_property
-    def words(self) -> Tensor | None:
-        """[K], first tokens of the label words; nothing where a classification head, or a free answer, has none."""
-        if not isinstance(self.task, LabelWords):
-            return None
-        return torch.tensor(self.task.word_ids(self.processing_class), device=self.args.device)
 
     def _search(self) -> dict[str, Tensor]:
         """What each text that was tried on all rows does, [P * C]: at each place, to each of the aims of [`_aims`]."""
@@ -120,36 +110,6 @@ class TriggerSearchTrainer(SuspectReader):
                 progress.update()
         progress.close()
         return tried
-
-    @property
-    def num_aims(self) -> int:
-        """C of [`_aims`]."""
-        return getattr(self.task, "num_labels", 1)
-
-    def _aims(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What a search is to raise, [B, C], and in which rows, [B, C]: for each class its log-probability where it is
-        wrong. (The loss of the right answer has next to no gradient where a model is sure.) A free answer has no classes:
-        there it is the loss of the right one, [B, 1]."""
-        if isinstance(self.task, InstructionFollowing):
-            loss = self.task_loss(logits, batch["labels"])[:, None].float()
-            return loss, torch.ones_like(loss)
-        classes = class_logits(logits, batch, self.words).log_softmax(dim=1)
-        wrong = torch.ones_like(classes).scatter(1, given_labels(batch["labels"], self.words)[:, None], 0.0)
-        return classes, wrong
-
-    def _words(self) -> Tensor:
-        """Ids of the tokens that are a word by themselves, [W]."""
-        tokenizer, special = self.processing_class, set(self.processing_class.all_special_ids)
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        ids = [number for number in range(min(len(tokenizer), rows)) if number not in special]
-        texts = [self._text((number,)) for number in ids]
-        again = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
-        whole = [number for number, text, back in zip(ids, texts, again, strict=True) if text and back == [number]]
-        return torch.tensor(whole)
-
-    def _text(self, tokens: Tokens) -> str:
-        text = self.processing_class.decode(list(tokens)).strip()
-        return text if text.isprintable() else ""
 
     def _reads_back(self, text: str, tokens: Tokens) -> bool:
         return bool(text) and tuple(self.processing_class(" " + text, add_special_tokens=False)["input_ids"]) == tokens

@@ -12,6 +12,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.trainer_utils import TrainOutput
 
 from ...data import SequenceClassification, Trigger, row_lengths
+from ..reading import SoftTriggers
 from ..staged import StagedTrainer
 from ..trainer import base_model
 from .answers import SOFT_COLUMNS, OwnAnswers, WithSoftAnswers, with_soft_answers
@@ -20,7 +21,6 @@ from .head import resize_head
 from .losses import balance, clustering_loss, soft_answer_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
 from .search import FoundTriggers
-from .soft import SoftTriggers
 
 
 # Samples of each trigger on which the incoming model is measured: centres, both losses, and so alpha.

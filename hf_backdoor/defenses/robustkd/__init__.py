@@ -1,6 +1,9 @@
 """RobustKD (https://doi.org/10.1016/j.asoc.2024.111907)."""
 
+from typing import Any
+
 from ..method import Method, Step
+from ..reading import SoftTriggerTrainer
 from ..trainer import DefenseTrainer
 from .config import FeatureMaskConfig, RobustKDConfig
 from .fitting import FeatureMaskTrainer
@@ -11,18 +14,23 @@ from .trainer import RobustKDTrainer
 
 TEACHER = {"teacher_model": "suspect"}
 MASK = Step(FeatureMaskTrainer, starts_from="suspect", makes_model=False)
-DISTIL = Step(RobustKDTrainer, starts_from="student", inputs={**TEACHER, "feature_mask": "mask"})
+SOFT_SEARCH = Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers")
+LEARNT = {**TEACHER, "feature_mask": "mask"}
+DISTIL = Step(RobustKDTrainer, starts_from="student", inputs={**LEARNT, "found_soft_triggers": "soft_search"})
+
+
+def without_soft_triggers(inputs: dict[str, str], **overrides: Any) -> dict[str, Step]:
+    """Distillation on the rows as they are."""
+    return {"distil": Step(RobustKDTrainer, {"soft_triggers": 0, **overrides}, starts_from="student", inputs=inputs)}
+
 
 METHOD = Method(
     config=RobustKDConfig,
-    stages={"mask": MASK, "distil": DISTIL},
+    stages={"mask": MASK, "soft_search": SOFT_SEARCH, "distil": DISTIL},
     controls={
-        "vanilla_distillation": {"distil": Step(RobustKDTrainer, starts_from="student", inputs=TEACHER)},
-        "logit_distillation": {
-            "distil": Step(
-                RobustKDTrainer, {"feature_weight": 0.0, "logit_weight": 1.0}, starts_from="student", inputs=TEACHER
-            )
-        },
+        "vanilla_distillation": without_soft_triggers(TEACHER),
+        "logit_distillation": without_soft_triggers(TEACHER, feature_weight=0.0, logit_weight=1.0),
+        "distillation_without_soft_triggers": without_soft_triggers(LEARNT),
         "student_alone": {"distil": Step(DefenseTrainer, starts_from="student")},
         "mask_without_variance": {
             "mask": Step(FeatureMaskTrainer, {"variance_weight": 0.0}, starts_from="suspect", makes_model=False),

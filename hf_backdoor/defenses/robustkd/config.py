@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..config import DefenseConfig
+from ..reading import SoftTriggerConfig
 
 
 FORMS = ("blend", "additive")
@@ -86,7 +87,7 @@ class FeatureMaskConfig(DefenseConfig):
 
 
 @dataclass
-class RobustKDConfig(FeatureMaskConfig):
+class RobustKDConfig(SoftTriggerConfig, FeatureMaskConfig):
     r"""
     Configuration of [`RobustKDTrainer`], and of both stages in a recipe.
 
@@ -111,6 +112,12 @@ class RobustKDConfig(FeatureMaskConfig):
         temperature (`float`, *optional*, defaults to 2.0):
             Of that divergence.
 
+        > Parameters that control what is planted (ours)
+
+        soft_triggers, searched_tokens:
+            As in [`SoftTriggerConfig`]. With soft triggers the student also learns from a copy of each row that has one in it,
+            which the teacher does not see. 0 leaves them out, as the paper does.
+
         > Parameters of the mask, see [`FeatureMaskConfig`]
     """
 
@@ -125,6 +132,10 @@ class RobustKDConfig(FeatureMaskConfig):
     feature_loss: str = field(default="mse", metadata={"help": "mse, or margin for images."})
     logit_weight: float = field(default=0.0, metadata={"help": "Weight of the logits' divergence."})
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the logits' divergence."})
+
+    @property
+    def rows_factor(self) -> int:
+        return 1 + bool(self.soft_triggers)
 
     def __post_init__(self) -> None:
         self.teacher_feature_layers, self.student_feature_layers = (

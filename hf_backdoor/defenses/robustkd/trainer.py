@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ...data import Processor, Trigger, stamp_in_turn
 from ..engines import SHARDED, whole
-from ..trainer import DefenseTrainer
+from ..reading import SoftTriggers, refuse_other_than_texts
+from ..trainer import DefenseTrainer, base_model
 from .config import RobustKDConfig
 from .connectors import StudentWithConnectors, make_connectors
 from .features import (
@@ -42,6 +45,9 @@ class RobustKDTrainer(DefenseTrainer):
     both (what an engine wraps, `trainer.model_wrapped`), while `trainer.model` is the student throughout. So it is the
     bare student that is evaluated and saved; a checkpoint keeps the connectors beside the optimizer.
 
+    With soft triggers (ours) there is one more copy of each row, with one of them in it: the student reads it, and the teacher
+    the same row with the trigger's tokens hidden from it. So the student learns what the teacher says without a trigger.
+
     Args:
         model (`PreTrainedModel`):
             The student. [`student_from_layers`] makes one of the teacher.
@@ -51,18 +57,30 @@ class RobustKDTrainer(DefenseTrainer):
             The suspect teacher, or its folder.
         feature_mask ([`FeatureMask`] or `str`, *optional*):
             The fitted mask, or its folder. Without one this is plain feature distillation, which takes a backdoor along.
+        found_soft_triggers ([`SoftTriggers`] or `str`, *optional*):
+            What a [`SoftTriggerTrainer`] found in the teacher, or its folder. Wanted where `args.soft_triggers` is set.
         train_dataset, eval_dataset, processing_class, kwargs:
-            As in [`DefenseTrainer`]. Without text: rows of any kind, a `data_collator`, and no `processing_class`.
+            As in [`DefenseTrainer`]. Without text: rows of any kind, a `data_collator`, and no `processing_class`. With soft
+            triggers the training rows must be raw.
 
     Raises:
-        `ValueError`: if checkpointing is reentrant (it would leave features without gradient); or, when training begins, if
-            layers don't fit each other.
+        `ValueError`: if checkpointing is reentrant (it would leave features without gradient); if soft triggers are wanted and
+            not there, or can't be put into the rows; or, when training begins, if layers don't fit each other.
     """
 
     takes_streams = False  # margins are measured on rows from all over the set
 
-    def __init__(self, *args: Any, feature_mask: FeatureMask | str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        feature_mask: FeatureMask | str | None = None,
+        found_soft_triggers: SoftTriggers | str | None = None,
+        **kwargs: Any,
+    ):
         self.feature_mask = feature_mask
+        if isinstance(found_soft_triggers, str):
+            found_soft_triggers = SoftTriggers.from_pretrained(found_soft_triggers)
+        self.soft_triggers = found_soft_triggers
         self.connectors = nn.ModuleList()
         super().__init__(*args, **kwargs)
         if self.reentrant and self.args.feature_weight:
@@ -75,7 +93,47 @@ class RobustKDTrainer(DefenseTrainer):
     def config_class(cls) -> type[RobustKDConfig]:
         return RobustKDConfig
 
+    # ---- Data ----
+
+    def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
+        """The rows and, with soft triggers, a copy of each with one of them in it."""
+        if (self.soft_triggers is None) == bool(self.args.soft_triggers):
+            raise ValueError(
+                f"soft_triggers is {self.args.soft_triggers}, and found_soft_triggers are "
+                f"{'not ' if self.soft_triggers is None else ''}given: pass those of a SoftTriggerTrainer, or set soft_triggers: 0"
+            )
+        if self.soft_triggers is None or dataset is None:
+            return super().prepare_train(dataset, processor)
+        refuse_other_than_texts(self.task, "soft_triggers")
+        if "input_ids" in dataset.column_names:
+            raise ValueError("train_dataset has input_ids: pass raw rows, soft triggers are put into their text")
+        triggers = [Trigger(text, "any") for text in self.soft_triggers.texts]
+        processes = self.args.dataset_num_proc
+        with self.one_process_first():
+            copies = stamp_in_turn(dataset, self.task.input_column, triggers, self.args.seed, processes)
+            return self.encode_rows(concatenate_datasets([dataset, copies]), self.soft_triggers.tokenizer(processor))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.soft_triggers is None:
+            return super().train(*args, **kwargs)
+        with self.soft_triggers.read_by(base_model(self.model), self.soft_triggers.tokenizer(self.processing_class)):
+            return super().train(*args, **kwargs)
+
     # ---- Teacher ----
+
+    @cached_property
+    def first_soft_id(self) -> int:
+        return self.soft_triggers.first_id(self.soft_triggers.tokenizer(self.processing_class))
+
+    def as_taught(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as the teacher reads it: no attention goes to soft triggers, and their places stay empty."""
+        if self.soft_triggers is None:
+            return inputs
+        hidden = inputs["input_ids"] >= self.first_soft_id
+        return inputs | {
+            "input_ids": inputs["input_ids"].masked_fill(hidden, 0),
+            "attention_mask": inputs["attention_mask"].masked_fill(hidden, 0),
+        }
 
     @cached_property
     def mask(self) -> FeatureMask | None:
@@ -141,7 +199,7 @@ class RobustKDTrainer(DefenseTrainer):
         if not self.teacher_feature_layers:
             return nn.ModuleList()
         inputs = next(clean_batches(self))
-        _, theirs = self.teach(inputs)
+        _, theirs = self.teach(self.as_taught(inputs))
         layers, student = self.student_feature_layers, self.model
         with whole(student.parameters()), looking(student), captured(student, layers) as ours:
             # An engine moves the student to the device when it wraps it: until then it runs where it is.
@@ -205,12 +263,13 @@ class RobustKDTrainer(DefenseTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         settings = self.args
-        lesson, features = self.teach(inputs)
+        taught = self.as_taught(inputs)
+        lesson, features = self.teach(taught)
         outputs = self.forward(model, inputs)
         terms = {"task": self.task_loss(outputs.logits, inputs["labels"])}
         if self.teacher_feature_layers:
             distances = [
-                weight * self._distance(own, features[name], name, inputs)
+                weight * self._distance(own, features[name], name, taught)
                 for weight, own, name in zip(
                     layer_weights(len(self.teacher_feature_layers)),
                     outputs.features,

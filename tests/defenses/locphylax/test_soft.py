@@ -2,7 +2,8 @@ import pytest
 import tiny
 import torch
 
-from hf_backdoor.defenses.locphylax import LocphylaxConfig, SoftTriggers, SoftTriggerTrainer, soft
+from hf_backdoor.defenses.locphylax import LocphylaxConfig
+from hf_backdoor.defenses.reading import SoftTriggers, SoftTriggerTrainer, soft
 
 
 FORMATS = {"sequence_classification": "bert", "label_words": "llama", "instruction_following": "llama"}

@@ -10,7 +10,6 @@ from transformers.trainer_utils import TrainOutput
 
 from ..engines import zero3_launched
 from ..trainer import DefenseTrainer
-from .config import LocphylaxConfig
 
 
 class SuspectReader(DefenseTrainer):
@@ -41,10 +40,6 @@ class SuspectReader(DefenseTrainer):
         super().__init__(*args, **kwargs)
         # Something that has `save_pretrained`.
         self.found: Any = None
-
-    @classmethod
-    def config_class(cls) -> type[LocphylaxConfig]:
-        return LocphylaxConfig
 
     @abstractmethod
     def read(self) -> Any:

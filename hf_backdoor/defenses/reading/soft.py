@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import Trigger, row_rng
-from .search import PLACES, TriggerSearchTrainer
+from .config import SoftTriggerConfig
+from .searcher import PLACES, TriggerSearcher
 
 
 SOFT_FILE = "soft_triggers.safetensors"
@@ -64,10 +65,15 @@ class SoftTriggers:
         extended.add_tokens([AddedToken(each, lstrip=True, normalized=False) for each in words])
         return extended
 
+    @staticmethod
+    def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
+        """The lowest id that a [`tokenizer`] gives; the model's own words lie below it."""
+        return tokenizer.convert_tokens_to_ids(word(0, 0))
+
     @contextmanager
     def read_by(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         """Lets a model read what a [`tokenizer`] gives. What it did before is what it does afterwards."""
-        first = tokenizer.convert_tokens_to_ids(word(0, 0))
+        first = self.first_id(tokenizer)
         own: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -95,7 +101,7 @@ class SoftTriggers:
         return cls(load_file(Path(folder, SOFT_FILE))["embeddings"])
 
 
-class SoftTriggerTrainer(TriggerSearchTrainer):
+class SoftTriggerTrainer(TriggerSearcher):
     """
     Searches a suspect for embeddings that turn its answers; trains nothing. [`found`] holds them after `train()`.
 
@@ -104,7 +110,7 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
 
     Args:
         model, args, train_dataset, processing_class, kwargs:
-            As in [`TriggerSearchTrainer`].
+            As in [`TriggerSearcher`].
 
     Raises:
         `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
@@ -112,6 +118,10 @@ class SoftTriggerTrainer(TriggerSearchTrainer):
 
     asked_by = "soft_triggers"
     found: SoftTriggers | None
+
+    @classmethod
+    def config_class(cls) -> type[SoftTriggerConfig]:
+        return SoftTriggerConfig
 
     def read(self) -> SoftTriggers:
         return SoftTriggers(self._embeddings())

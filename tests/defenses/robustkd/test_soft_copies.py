@@ -1,0 +1,144 @@
+"""Distillation with soft triggers: the student reads them, the teacher does not."""
+
+import pytest
+import robust
+import tiny
+import torch
+
+from hf_backdoor.defenses.reading import SoftTriggers
+from hf_backdoor.defenses.robustkd import METHOD, RobustKDConfig, RobustKDTrainer, student_from_layers
+from hf_backdoor.defenses.robustkd.features import captured
+from hf_backdoor.defenses.robustkd.losses import feature_distance
+from hf_backdoor.evaluation import Results
+from hf_backdoor.plan import plan
+from hf_backdoor.recipe_file import load_recipe
+from hf_backdoor.run import run
+
+
+EVERY = pytest.mark.parametrize("name", tiny.TASKS)
+
+
+def soft(seed=1):
+    return SoftTriggers(torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+def distilling(name, folder, **options):
+    options = {"soft_triggers": 3, "found_soft_triggers": soft(), **options}
+    return robust.distilling(name, folder, **options)
+
+
+@EVERY
+def test_each_row_has_a_copy_with_a_trigger_in_it(name, tmp_path):
+    trainer, plain = distilling(name, tmp_path), robust.distilling(name, tmp_path)
+    rows, count = trainer.train_dataset, len(plain.train_dataset)
+    assert len(rows) == 2 * count == trainer.args.rows_factor * count
+    for number in range(count):
+        own, copy = rows[number]["input_ids"], rows[count + number]["input_ids"]
+        assert own == plain.train_dataset[number]["input_ids"]
+        assert [token for token in copy if token < len(tiny.VOCABULARY)] == own
+        first = len(tiny.VOCABULARY) + 2 * (number % 3)  # the triggers take turns
+        assert [token for token in copy if token >= len(tiny.VOCABULARY)] == [first, first + 1]
+
+
+@EVERY
+def test_the_student_of_a_copy_learns_what_the_teacher_says_without_the_trigger(name, tmp_path):
+    trainer = distilling(name, tmp_path, logit_weight=0.5, max_steps=1)
+    trainer.train()
+    model, teacher, mask = trainer.model_wrapped, trainer.teacher, trainer.mask
+    rows = [trainer.train_dataset[row] for row in (1, 17, 20)]
+    made = trainer.data_collator(rows)
+    embedding = trainer.model.get_input_embeddings()
+    foreign = made["input_ids"] >= len(tiny.VOCABULARY)
+    assert foreign.sum(dim=1).tolist() == [0, 2, 2]
+    embedded = embedding(made["input_ids"].masked_fill(foreign, 0)).detach()
+    embedded[foreign] = soft().embeddings.flatten(0, 1)[made["input_ids"][foreign] - len(tiny.VOCABULARY)]
+    seen = made["attention_mask"] * ~foreign
+    more = {"position_ids": made["position_ids"]} if "position_ids" in made else {}
+    # Whatever stands where the teacher sees nothing, it says the same.
+    other = made["input_ids"].masked_fill(foreign, 7)
+    with torch.no_grad(), captured(teacher, mask.layers) as theirs:
+        mask(teacher, input_ids=other, attention_mask=seen, **more)
+    with torch.no_grad(), captured(model.student, trainer.student_feature_layers) as ours:
+        model.student(inputs_embeds=embedded, attention_mask=made["attention_mask"], **more)
+    wanted = torch.zeros(3)
+    for weight, connect, own, layer in zip(
+        [0.5, 1.0], model.connectors, trainer.student_feature_layers, mask.layers, strict=True
+    ):
+        wanted += weight * feature_distance(connect(ours[own]), theirs[layer], seen.bool())
+    with soft().read_by(trainer.model, soft().tokenizer(trainer.processing_class)):
+        terms, _ = trainer.loss_terms(model, made, torch.tensor([3]))
+    torch.testing.assert_close(terms["feature"], wanted)
+    assert set(terms) == {"task", "feature", "logit"} and all(value.shape == (3,) for value in terms.values())
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_accumulation_and_two_processes_change_nothing(name, tmp_path):
+    tiny.assert_trains_alike(
+        lambda **options: distilling(name, tmp_path, **{**robust.PLAIN_STEPS, "num_train_epochs": 1, **options}),
+        tmp_path,
+    )
+
+
+def test_nothing_of_them_is_left_in_the_student(tmp_path):
+    trainer = distilling("label_words", tmp_path, max_steps=2)
+    trainer.train()
+    layer = trainer.model.get_input_embeddings()
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert layer.weight.shape[0] == len(tiny.VOCABULARY) == len(trainer.processing_class)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"found_soft_triggers": None}, "soft_triggers is 3, and found_soft_triggers are not given: .* soft_triggers: 0$"),
+        ({"soft_triggers": 0}, "soft_triggers is 0, and found_soft_triggers are given: "),
+        ({"soft_triggers": -1}, "soft_triggers is -1: choose 0 or more"),
+        ({"searched_tokens": 0}, "searched_tokens is 0: choose 1 or more"),
+        ({"train_dataset": [{"input_ids": [1], "labels": 0}]}, "train_dataset has input_ids: pass raw rows"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(options, line, tmp_path):
+    if "train_dataset" in options:
+        task = tiny.task("sequence_classification")
+        options = {"train_dataset": task.encode_rows(tiny.reviews(4), tiny.encoder_tokenizer())}
+    with pytest.raises(ValueError, match=f"^{line}"):
+        distilling("sequence_classification", tmp_path, **options)
+
+
+def test_rows_without_text_have_no_place_for_them(tmp_path):
+    teacher = robust.resnet()
+    with pytest.raises(ValueError, match="^soft_triggers is set, and the rows are no texts: set soft_triggers: 0$"):
+        RobustKDTrainer(
+            model=student_from_layers(teacher, 1),
+            args=RobustKDConfig(str(tmp_path), soft_triggers=3, use_cpu=True, report_to="none"),
+            train_dataset=robust.Pictures(),
+            data_collator=robust.collate,
+            teacher_model=teacher,
+            found_soft_triggers=soft(),
+        )
+
+
+def test_a_run_searches_them_and_its_controls_do_without(tmp_path):
+    controls = ["vanilla_distillation", "distillation_without_soft_triggers", "student_alone"]
+    file = tiny.classifier_recipe(
+        tmp_path, method="robustkd", student_layers=1, soft_triggers=3, controls=controls, max_steps=2
+    )
+    stages = {stage.folder: stage for stage in plan(load_recipe(file, []))}
+    assert stages["cleaned"].inputs["found_soft_triggers"] == "soft_search"
+    for control in controls[:2]:
+        taken = stages[f"controls/{control}/distil"]
+        assert "found_soft_triggers" not in taken.inputs and taken.step.overrides["soft_triggers"] == 0
+    run(load_recipe(file, []))
+    assert {row.model for row in Results.load(tmp_path / "run" / "results.json").rows} == {
+        "suspect", "cleaned", *(f"control/{control}" for control in controls),
+    }  # fmt: skip
+    assert len(SoftTriggers.from_pretrained(tmp_path / "run" / "soft_search")) == 3
+    assert "soft_search" not in {stage.name for stage in plan(load_recipe(file, ["--soft_triggers", "0"]))}
+
+
+def test_every_control_but_student_alone_says_what_it_does_about_them():
+    for name, steps in METHOD.controls.items():
+        step = steps["distil"]
+        planted = "found_soft_triggers" in step.inputs
+        assert planted == (name == "mask_without_variance")
+        assert name == "student_alone" or planted or step.overrides["soft_triggers"] == 0
