@@ -57,9 +57,10 @@ class NTMLConfig(DefenseConfig):
         > Parameters that control the training on corrected labels (ours)
 
         relabel_below (`float`, *optional*, defaults to 0.0):
-            After mutual learning, a fresh network is trained on the suspect rows. Of those that the product of mutual learning
-            contradicts, a row whose given label it holds for less likely than this gets the likeliest one, and the others are left
-            out. 0 leaves this stage out: the product is the result then, as in the paper.
+            After mutual learning, a fresh network is trained on the suspect rows. The product of mutual learning denies given
+            labels that it holds for less likely than this: in the class whose labels are denied much more often than others' they
+            are corrected, elsewhere their rows are left out; see [`RelabellingTrainer`]. 0 leaves this stage out: the product is
+            the result then, as in the paper.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})

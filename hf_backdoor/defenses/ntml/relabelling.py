@@ -18,16 +18,20 @@ from .classes import ClassTrainer
 
 # In place of a label.
 LEFT_OUT = -1
+# How many times the median class's share of denied rows makes a class stand out.
+OUTLYING = 2.0
 
 
 class RelabellingTrainer(ClassTrainer):
     """
     Trains a network plainly on the suspect rows, some of them with another label than they came with.
 
-    Rows that a clean teacher agrees with keep their label. Of those that it contradicts, the ones whose given label it holds
-    for less likely than `args.relabel_below` get the label that it holds for the likeliest, and the rest, of which it is not sure,
-    are left out: few poisoned rows are enough to bring a backdoor back. The teacher runs once, before the first step. [`changes`]
-    lists what it changed.
+    Rows that a clean teacher agrees with keep their label. It denies a label that it holds for less likely than
+    `args.relabel_below`. Where one class's labels are denied much more often than others', that is the one that an attacker wants:
+    its denied rows get the label that the teacher holds for the likeliest, and its rows of which the teacher is not sure are left
+    out, since few poisoned rows are enough to bring a backdoor back. Of the other classes, whose doubted rows are hard ones rather
+    than poisoned ones, denied rows are left out, and the rest keep their label ([`corrected_labels`]). The teacher runs once, before
+    the first step. [`changes`] lists what it changed.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
@@ -89,8 +93,9 @@ class RelabellingTrainer(ClassTrainer):
 
 
 def corrected_labels(given: Tensor, probabilities: Tensor, below: float) -> Tensor:
-    """The given label where it is the likeliest; else the likeliest where the given one is less likely than `below`, and
-    `LEFT_OUT` where it is not.
+    """What becomes of each row's label. A contradicted one is *denied* where it is less likely than `below`. In the classes of
+    [`outlying_classes`] a denied label becomes the likeliest one, and other contradicted rows are `LEFT_OUT`; in all the others
+    a denied label's row is `LEFT_OUT`, and other labels stay.
 
     Args:
         given (`Tensor`): [N].
@@ -101,5 +106,25 @@ def corrected_labels(given: Tensor, probabilities: Tensor, below: float) -> Tens
         `Tensor`: [N].
     """
     likeliest, likelihood = probabilities.argmax(dim=1), probabilities.gather(1, given[:, None])[:, 0]
-    unsure = (likeliest != given) & (likelihood >= below)
-    return likeliest.masked_fill(unsure, LEFT_OUT)
+    contradicted = likeliest != given
+    denied = contradicted & (likelihood < below)
+    outlying = outlying_classes(given, denied, probabilities.shape[1])[given]
+    corrected = likeliest.masked_fill(contradicted & ~denied, LEFT_OUT)
+    return torch.where(outlying, corrected, given.masked_fill(denied, LEFT_OUT))
+
+
+def outlying_classes(given: Tensor, denied: Tensor, num_classes: int) -> Tensor:
+    """Classes in which more than twice as large a share of the rows is denied as in the median class: an attacker's rows all have
+    the label that it wants. Where no class stands out, it may be any, and all are meant.
+
+    Args:
+        given (`Tensor`): [N], labels.
+        denied (`Tensor`): [N] of booleans.
+
+    Returns:
+        `Tensor`: [K] of booleans.
+    """
+    rows = torch.bincount(given, minlength=num_classes)
+    shares = torch.bincount(given[denied], minlength=num_classes) / rows.clamp(min=1)
+    outlying = shares > OUTLYING * shares[rows > 0].median()
+    return outlying if outlying.any() else torch.ones_like(outlying)
