@@ -48,7 +48,15 @@ LABEL_CONSISTENT_RATES = {"cifar10": 0.05, "gtsrb": 0.03}
 RECIPES = {
     "locphylax": ["sst2_smollm2", "agnews_smollm2", "sst2_minilm", "agnews_minilm"],
     "mbtsad": ["sst2_minilm", "sst2_minilm_lwp", "sst2_minilm_ep", "imdb_minilm", "sst2_smollm2"],
-    "robustkd": ["sst2_minilm", "sst2_minilm_lwp", "agnews_minilm", "cifar10_resnet", "gtsrb_resnet"],
+    "robustkd": [
+        "sst2_minilm",
+        "sst2_minilm_few",
+        "sst2_minilm_lwp",
+        "agnews_minilm",
+        "agnews_minilm_few",
+        "cifar10_resnet",
+        "gtsrb_resnet",
+    ],
     "ntml": ["agnews_minilm", "agnews_smollm2", "cifar10_resnet", "gtsrb_resnet"],
 }
 # BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
