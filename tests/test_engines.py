@@ -35,6 +35,7 @@ STAGES = (
     "distil",
     "mask",
     "student",
+    "soft_student",
     "non_target",
     "mutual",
     "relabel",
@@ -45,6 +46,7 @@ LABELS = {
     "own": "Locphylax: recovery by the suspect's own answers",
     "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
     "mask": "RobustKD: mask", "student": "RobustKD: distillation",
+    "soft_student": "RobustKD: distillation with soft triggers",
     "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
     "relabel": "NT-ML: training on corrected labels",
 }  # fmt: skip
@@ -74,9 +76,12 @@ def trainer(name, stage, adapter, folder, start=0, **options):
         return robust.fitting(name, folder, **options)
     if stage == "student":
         return robust.distilling(name, folder, **options)
-    if stage == "soft":
+    if stage in ("soft", "soft_student"):
         embeddings = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
         options |= {"soft_triggers": 3, "found_soft_triggers": SoftTriggers(embeddings)}
+    if stage == "soft_student":
+        return robust.distilling(name, folder, **options)
+    if stage == "soft":
         stage = "inject"
     if stage == "own":
         drawn = torch.rand(16, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
