@@ -19,8 +19,8 @@ OF_THE_STUDENT = ("student_feature_layers",)
 
 
 def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
-    """Refuses layers and modules that the suspect or the student does not have, a student that reads other tokens, and a
-    reference that is not there.
+    """Refuses layers and modules that the suspect or the student does not have, a student that reads other tokens or can't
+    read soft triggers, and a reference that is not there.
 
     Args:
         recipe ([`Recipe`]): Its models are looked up, on disk or on the Hub; no weights are loaded.
@@ -51,6 +51,8 @@ def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
         student = depth_of(recipe.student_model_name_or_path)
         if recipe.task_class is not ImageClassification:
             check_vocabulary(recipe)
+        if any(key == "soft_triggers" for key, _ in every):
+            check_widths(recipe)
     for key, layers in given:
         whose, depth = ("student", student) if key in OF_THE_STUDENT else ("suspect", suspect)
         numbers = [int(layer) for layer in map(str, layers) if layer.removeprefix("-").isdigit()]
@@ -121,4 +123,19 @@ def check_vocabulary(recipe: Recipe) -> None:
         raise ValueError(
             f"student_model_name_or_path is {recipe.student_model_name_or_path!r}, whose tokenizer has {different} of the suspect's "
             f"{len(words)} tokens under another number or not at all: choose a student with the suspect's tokenizer"
+        )
+
+
+def check_widths(recipe: Recipe) -> None:
+    """Soft triggers are embeddings of the suspect.
+
+    Raises:
+        `ValueError`: if the student's are of another width.
+    """
+    suspect = load_config(recipe.model_name_or_path, revision=recipe.model_revision).get_text_config().hidden_size
+    student = load_config(recipe.student_model_name_or_path).get_text_config().hidden_size
+    if suspect != student:
+        raise ValueError(
+            f"soft_triggers is set, and they are embeddings of {suspect} numbers, as the suspect's; those of "
+            f"student_model_name_or_path {recipe.student_model_name_or_path!r} have {student}: set soft_triggers: 0, or student_layers"
         )

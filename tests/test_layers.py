@@ -92,6 +92,14 @@ def test_a_student_that_reads_other_tokens(models):
         plan(recipe(models, method="robustkd", student_model_name_or_path="other"))
 
 
+def test_a_student_that_cannot_read_soft_triggers(models):
+    with pytest.raises(
+        ValueError, match="^soft_triggers is set, and they are embeddings of 32 numbers, .* have 8: set"
+    ):
+        plan(recipe(models, method="robustkd", student_model_name_or_path="longer", soft_triggers=3))
+    assert plan(recipe(models, method="robustkd", student_layers=1, soft_triggers=3))
+
+
 def test_a_run_is_refused_before_it_trains(models, tmp_path, monkeypatch):
     rows = tiny.reviews(60).map(
         lambda row, n: {"text": f"{row['text']} {' '.join(f'w{n}x{k}' for k in range(9))}"}, with_indices=True

@@ -116,6 +116,12 @@ class RobustKDTrainer(DefenseTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.soft_triggers is None:
             return super().train(*args, **kwargs)
+        width = base_model(self.model).get_input_embeddings().embedding_dim
+        if (own := self.soft_triggers.embeddings.shape[-1]) != width:
+            raise ValueError(
+                f"found_soft_triggers are embeddings of {own} numbers, and the student's have {width}: make the student of the "
+                "teacher's layers (student_from_layers), or set soft_triggers: 0"
+            )
         with self.soft_triggers.read_by(base_model(self.model), self.soft_triggers.tokenizer(self.processing_class)):
             return super().train(*args, **kwargs)
 

@@ -105,6 +105,14 @@ def test_what_makes_no_sense_is_refused(options, line, tmp_path):
         distilling("sequence_classification", tmp_path, **options)
 
 
+def test_a_student_of_another_width_is_refused(tmp_path):
+    narrow = SoftTriggers(torch.randn(3, 2, 8))
+    with pytest.raises(
+        ValueError, match="^found_soft_triggers are embeddings of 8 numbers, and the student's have 32: "
+    ):
+        distilling("label_words", tmp_path, found_soft_triggers=narrow).train()
+
+
 def test_rows_without_text_have_no_place_for_them(tmp_path):
     teacher = robust.resnet()
     with pytest.raises(ValueError, match="^soft_triggers is set, and the rows are no texts: set soft_triggers: 0$"):
