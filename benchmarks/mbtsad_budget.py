@@ -19,6 +19,7 @@ The paper does not tell its epochs; here 3 of each, and 2 for suspect and never-
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ class Curve(TrainerCallback):
     def on_step_end(
         self, args: DefenseConfig, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
-        step, last = state.global_step, state.max_steps
-        if step != last and step % max(1, last // POINTS):
+        step, every = state.global_step, math.ceil(state.max_steps / POINTS)
+        if step % every and step != state.max_steps:
             return
         model.eval()
         self.points.append({"curve": self.name, "step": step, **measure(model, self.rows, self.processor, self.seed)})
