@@ -40,6 +40,8 @@ HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "mbtsad" / "sst2_minilm.yaml"
 POINTS = 8
 EPOCHS = 3
+# What a point keeps of a row.
+KEPT = {"value", "low", "high", "k", "n"}
 
 
 class Curve(TrainerCallback):
@@ -67,9 +69,6 @@ def measure(model: PreTrainedModel, rows: RunRows, processor: Processor, seed: i
         row.metric: {field: value for field, value in dataclasses.asdict(row).items() if field in KEPT}
         for row in found
     }
-
-
-KEPT = {"value", "low", "high", "k", "n"}
 
 
 def main(arguments: list[str] | None = None) -> None:

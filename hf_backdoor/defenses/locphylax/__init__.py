@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..method import Method, Step
-from ..reading import SoftTriggerTrainer
+from ..reading import SOFT_SEARCH
 from ..trainer import DefenseTrainer
 from .answers import OwnAnswers, OwnAnswersTrainer
 from .config import STAGES, LocphylaxConfig
@@ -14,7 +14,6 @@ from .trainer import LocphylaxTrainer
 FOUND = {"found_triggers": "search", "found_soft_triggers": "soft_search"}
 NONE_FOUND = {"searched_triggers": 0, "soft_triggers": 0}
 SEARCH = Step(TriggerSearchTrainer, starts_from="suspect", makes_model=False, only_with="searched_triggers")
-SOFT_SEARCH = Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers")
 ANSWERS = Step(OwnAnswersTrainer, starts_from="suspect", makes_model=False, only_with="own_answers")
 INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=FOUND)
 RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs={**FOUND, "found_answers": "answers"})

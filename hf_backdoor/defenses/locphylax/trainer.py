@@ -12,7 +12,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.trainer_utils import TrainOutput
 
 from ...data import SequenceClassification, Trigger, row_lengths
-from ..reading import SoftTriggers
+from ..reading import SoftTriggers, check_soft_triggers, soft_triggers_read
 from ..staged import StagedTrainer
 from ..trainer import base_model
 from .answers import SOFT_COLUMNS, OwnAnswers, WithSoftAnswers, with_soft_answers
@@ -146,11 +146,7 @@ class LocphylaxTrainer(StagedTrainer):
                 f"searched_triggers is {self.args.searched_triggers}, and {len(self.found_triggers)} found_triggers are given: "
                 "pass those of a TriggerSearchTrainer, or set searched_triggers: 0"
             )
-        if (self.soft_triggers is None) == bool(self.args.soft_triggers):
-            raise ValueError(
-                f"soft_triggers is {self.args.soft_triggers}, and found_soft_triggers are "
-                f"{'not ' if self.soft_triggers is None else ''}given: pass those of a SoftTriggerTrainer, or set soft_triggers: 0"
-            )
+        check_soft_triggers(self.soft_triggers, self.args.soft_triggers)
         if self.found_triggers:
             triggers.append([Trigger(text, position) for text in self.found_triggers])
         if self.soft_triggers is not None:
@@ -179,9 +175,7 @@ class LocphylaxTrainer(StagedTrainer):
 
     def _soft_triggers_read(self) -> AbstractContextManager[None]:
         """Where the model reads soft triggers, if there are any."""
-        if self.soft_triggers is None:
-            return nullcontext()
-        return self.soft_triggers.read_by(base_model(self.model), self.soft_triggers.tokenizer(self.processing_class))
+        return soft_triggers_read(self.soft_triggers, base_model(self.model), self.processing_class)
 
     def enter(self, stage: str) -> None:
         """A new stage has its own rows, and centres that start afresh."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..method import Method, Step
-from ..reading import SoftTriggerTrainer
+from ..reading import SOFT_SEARCH
 from ..trainer import DefenseTrainer
 from .config import FeatureMaskConfig, RobustKDConfig
 from .fitting import FeatureMaskTrainer
@@ -14,7 +14,6 @@ from .trainer import RobustKDTrainer
 
 TEACHER = {"teacher_model": "suspect"}
 MASK = Step(FeatureMaskTrainer, starts_from="suspect", makes_model=False)
-SOFT_SEARCH = Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers")
 LEARNT = {**TEACHER, "feature_mask": "mask"}
 DISTIL = Step(RobustKDTrainer, starts_from="student", inputs={**LEARNT, "found_soft_triggers": "soft_search"})
 

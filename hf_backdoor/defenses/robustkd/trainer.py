@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ...data import Processor, Trigger, stamp_in_turn
 from ..engines import SHARDED, whole
-from ..reading import SoftTriggers, refuse_other_than_texts
+from ..reading import SoftTriggers, check_soft_triggers, refuse_other_than_texts, soft_triggers_read
 from ..trainer import DefenseTrainer, base_model
 from .config import RobustKDConfig
 from .connectors import StudentWithConnectors, make_connectors
@@ -97,11 +97,7 @@ class RobustKDTrainer(DefenseTrainer):
 
     def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
         """The rows and, with soft triggers, a copy of each with one of them in it."""
-        if (self.soft_triggers is None) == bool(self.args.soft_triggers):
-            raise ValueError(
-                f"soft_triggers is {self.args.soft_triggers}, and found_soft_triggers are "
-                f"{'not ' if self.soft_triggers is None else ''}given: pass those of a SoftTriggerTrainer, or set soft_triggers: 0"
-            )
+        check_soft_triggers(self.soft_triggers, self.args.soft_triggers)
         if self.soft_triggers is None or dataset is None:
             return super().prepare_train(dataset, processor)
         refuse_other_than_texts(self.task, "soft_triggers")
@@ -114,15 +110,15 @@ class RobustKDTrainer(DefenseTrainer):
             return self.encode_rows(concatenate_datasets([dataset, copies]), self.soft_triggers.tokenizer(processor))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.soft_triggers is None:
-            return super().train(*args, **kwargs)
-        width = base_model(self.model).get_input_embeddings().embedding_dim
-        if (own := self.soft_triggers.embeddings.shape[-1]) != width:
-            raise ValueError(
-                f"found_soft_triggers are embeddings of {own} numbers, and the student's have {width}: make the student of the "
-                "teacher's layers (student_from_layers), or set soft_triggers: 0"
-            )
-        with self.soft_triggers.read_by(base_model(self.model), self.soft_triggers.tokenizer(self.processing_class)):
+        student = base_model(self.model)
+        if self.soft_triggers is not None:
+            own, width = self.soft_triggers.embeddings.shape[-1], student.get_input_embeddings().embedding_dim
+            if own != width:
+                raise ValueError(
+                    f"found_soft_triggers are embeddings of {own} numbers, and the student's have {width}: make the student of the "
+                    "teacher's layers (student_from_layers), or set soft_triggers: 0"
+                )
+        with soft_triggers_read(self.soft_triggers, student, self.processing_class):
             return super().train(*args, **kwargs)
 
     # ---- Teacher ----
