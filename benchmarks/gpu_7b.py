@@ -190,7 +190,7 @@ def run(stage: str, config: Any, precision: str, length: int, tokens: int, check
 
 
 def measure(
-    model: str, stage: str, precision: str, length: int, tokens: int, checkpointing: bool, smoke: bool
+    model: str, stage: str, precision: str, length: int, tokens: int, checkpointing: bool, steps: int, smoke: bool
 ) -> dict[str, Any]:
     row = {
         "model": model, "stage": stage, "precision": precision, "T": length, "batch": max(1, tokens // length),
@@ -199,7 +199,7 @@ def measure(
     if precision == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         return row | {"error": "bitsandbytes is not installed"}
     try:
-        found = run(stage, MODELS[model](smoke), precision, length, tokens, checkpointing, 3 if smoke else 8)
+        found = run(stage, MODELS[model](smoke), precision, length, tokens, checkpointing, steps)
     except torch.OutOfMemoryError:
         found = {"error": "out of memory"}
     # Here, where the error holds on to nothing any more.
@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens in a row")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step (default: 8192)")
+    parser.add_argument("--steps", type=int, default=8, help="of a row, the first two not counted (default: 8)")
     parser.add_argument(
         "--checkpointing",
         choices=("auto", "on", "off"),
@@ -226,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     if DEVICE == "cpu" and not options.smoke:
         parser.error("there is no GPU: use --smoke to see whether it runs")
     begin()
-    lengths, tokens = ((32,), 64) if options.smoke else (options.lengths, options.tokens)
+    lengths, tokens, steps = ((32,), 64, 3) if options.smoke else (options.lengths, options.tokens, options.steps)
     found = []
     print(f"{'model':<13} {'stage':<17} {'':<6} {'T':>5} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'foretold':>9}")
     for model in options.models:
@@ -236,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
                     again = {"on": True, "off": False}.get(
                         options.checkpointing, precision == "qlora" or length >= 8192
                     )
-                    row = measure(model, stage, precision, length, tokens, again, options.smoke)
+                    row = measure(model, stage, precision, length, tokens, again, steps, options.smoke)
                     found.append(row)
                     shown = row.get("error") or (
                         f"{row['tokens_per_second']:>9.0f} {'-' if row['mfu'] is None else format(row['mfu'], '.1%'):>6} "

@@ -203,10 +203,10 @@ def widths(load: Load, engine: Engine) -> Widths:
     stream = 2 if half else load.dtype
     matmul = 2 if load.bf16 or load.dtype == 2 else 4
     autocast = load.bf16 and not half
-    if adapter:
-        # peft casts the input to its adapter's float32, and autocast that copy to bf16.
-        copied = 2 if autocast or (half and engine.deepspeed) else 4
-        copied = 0 if stream == copied and not autocast else copied
+    if adapter and not autocast:
+        # peft casts the input to its adapter's type, float32 but under DeepSpeed; autocast does without.
+        copied = 2 if half and engine.deepspeed else 4
+        copied = 0 if stream == copied else copied
     else:
         copied = matmul if stream != matmul else 0
     return Widths(frozen, trained, gradient, states, stream, matmul, copied)

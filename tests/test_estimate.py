@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_backdoor.cli import accelerate_settings
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
+from hf_backdoor.defenses.adapters import inputs_as_they_are
 from hf_backdoor.defenses.locphylax import LocphylaxConfig, LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_settings, stage_load
@@ -151,11 +152,14 @@ def test_a_step_takes_what_is_estimated(family, dtype, bf16, lora, checkpointing
     optimizer = torch.optim.AdamW(trainable(model), fused=True)
 
     def step():
-        loss_of(model, family, bf16).backward()
+        # As our trainers have it.
+        with inputs_as_they_are(model, bf16):
+            loss_of(model, family, bf16).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    saved = saved_bytes(model, lambda: loss_of(model, family, bf16))
+    with inputs_as_they_are(model, bf16):
+        saved = saved_bytes(model, lambda: loss_of(model, family, bf16))
     step()  # the optimizer's states are made in the first step
     found = memory(load_of(model, shape, family, lora, dtype=dtype, bf16=bf16, checkpointing=checkpointing))
     weights = size(model.parameters())
@@ -180,7 +184,7 @@ def long_reviews(count=16):
 
 def options(folder, **more):
     return {
-        "output_dir": str(folder), "use_cpu": not torch.cuda.is_available(), "report_to": "none", "disable_tqdm": True,
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
         "per_device_train_batch_size": ROWS, "save_strategy": "no", "max_steps": 2, "seed": 0,
         "label_words": list(tiny.LABEL_WORDS), "prompt_template": tiny.TEMPLATE, **more,
     }  # fmt: skip

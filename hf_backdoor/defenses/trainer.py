@@ -25,6 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import SIDE_COLUMNS, Processor, Rows, Task, auto_class, collator_for, encoded, infer_task, moved
+from .adapters import inputs_as_they_are
 from .config import DefenseConfig
 from .engines import check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
@@ -234,7 +235,8 @@ class DefenseTrainer(Trainer):
                 )
             pixels = moved(inputs["pixel_values"], mirror=self.args.augmentation == "shift_and_mirror")
             inputs = {**inputs, "pixel_values": pixels}
-        return super().training_step(model, inputs, num_items_in_batch)
+        with inputs_as_they_are(model, self.accelerator.native_amp):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def loss_terms(
         self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor

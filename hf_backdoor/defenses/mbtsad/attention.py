@@ -20,9 +20,12 @@ from .losses import NORM_EPSILON
 from .recording import RecordedAttention
 
 
-# Entries of a block's map, [samples, heads, rows, keys]: in a CPU's cache, and enough to keep a GPU busy.
+# Entries of a block's map, [samples, heads, rows, keys]: in a CPU's cache; and on a GPU, where a block costs some fifty
+# kernel launches whatever its size, as many as take the memory that the queries and keys take, within bounds.
 CPU_BLOCK_ENTRIES = 2**20
-GPU_BLOCK_ENTRIES = 2**23
+GPU_BLOCK_ENTRIES = (2**23, 2**26)
+# Both models' probabilities, the slope and the scores.
+BYTES_OF_AN_ENTRY = 16
 
 
 def attention_map_loss(
@@ -87,7 +90,9 @@ def _mean_over_layers(
     if count == 0 or count != len(teacher):
         raise ValueError(f"{count} layers of the student and {len(teacher)} of the teacher: record the same of both")
     on_gpu = attention_mask.is_cuda
-    plan = BlockPlan(attention_mask, block_entries or (GPU_BLOCK_ENTRIES if on_gpu else CPU_BLOCK_ENTRIES))
+    if block_entries is None:
+        block_entries = gpu_block_entries(student + teacher) if on_gpu else CPU_BLOCK_ENTRIES
+    plan = BlockPlan(attention_mask, block_entries)
     block_difference = _compiled() if compile_blocks and on_gpu else _block_difference
     total = torch.zeros(len(attention_mask), device=attention_mask.device)
     while student:
@@ -99,6 +104,12 @@ def _mean_over_layers(
         else:
             total = total + layer(gradient=False)[0]
     return total / count
+
+
+def gpu_block_entries(recorded: list[RecordedAttention]) -> int:
+    kept = sum(tensor.nbytes for layer in recorded for tensor in (layer.query, layer.key))
+    least, most = GPU_BLOCK_ENTRIES
+    return min(max(kept // BYTES_OF_AN_ENTRY, least), most)
 
 
 def _check(student: RecordedAttention, teacher: RecordedAttention, attention_mask: Tensor) -> None:

@@ -200,7 +200,8 @@ class MBTSADTrainer(StagedTrainer):
         """The attention loss, the mean over the chosen layers, [B]."""
         nad = self.args.attention_loss == "nad"
         if self.args.attention_backend == "lean":
-            return (nad_map_loss if nad else attention_map_loss)(maps, their_maps, mask)
+            loss = nad_map_loss if nad else attention_map_loss
+            return loss(maps, their_maps, mask, compile_blocks=self.args.torch_compile)
         student = base_model(self.model)
         config = student.config.get_text_config()
         causal = any(getattr(module, "is_causal", False) for module in student.modules())
