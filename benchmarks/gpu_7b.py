@@ -1,6 +1,6 @@
 """Training stages of 7-8B models on one GPU: tokens a second, model FLOP utilisation and peak memory.
 
-    python benchmarks/gpu_7b.py [--smoke] [--models llama-3.1-8b] [--stages mbtsad/distil] [--precisions qlora] [--lengths 8192]
+    python benchmarks/gpu_7b.py [--smoke] [--models llama-3.1-8b] [--stages mbtsad/distil] [--precisions qlora] [--lengths 8192] [--liger]
 
 Random weights in the exact shapes of Llama-3.1-8B and Qwen2.5-7B, made on the device; rows of random tokens, the last 32 of
 them the answer; the trainers are the package's own. `lora` trains adapters (rank 16, all linear layers) over bfloat16 weights,
@@ -36,8 +36,9 @@ from hf_backdoor.defenses.mbtsad.trainer import TEACHER
 from hf_backdoor.defenses.robustkd import FeatureMask, RobustKDTrainer
 from hf_backdoor.defenses.robustkd.features import layer_names
 from hf_backdoor.dry_run import GPUS
-from hf_backdoor.estimate import Load, ModelShape, flops, memory
+from hf_backdoor.estimate import Load, ModelShape, memory
 from hf_backdoor.models import peak_memory, reset_peak_memory
+from hf_backdoor.operations import flops
 from hf_backdoor.quantization import keep_trainable
 
 
@@ -80,6 +81,12 @@ def build(config: Any, precision: str) -> PreTrainedModel:
     return quantized(model) if precision == "qlora" else model
 
 
+def shape_of(config: Any) -> ModelShape:
+    """The shape of the model before it is quantized, which packs weights."""
+    with torch.device("meta"):
+        return ModelShape.of(shapes.build(config))
+
+
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
     """Its linear layers in nf4, as `from_pretrained` would load them."""
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -114,17 +121,16 @@ def prepare(
     teacher: list[ModelShape] = []
     if stage == "robustkd/distil":
         whole = build(config, precision)
-        teacher.append(ModelShape.of(whole))
+        teacher.append(shape_of(config))
         half = copy.deepcopy(config)
         half.num_hidden_layers //= 2
         if getattr(half, "layer_types", None):
             half.layer_types = half.layer_types[: half.num_hidden_layers]
-        model = build(half, precision)
+        model, shape = build(half, precision), shape_of(half)
         mask = FeatureMask(dict.fromkeys(layer_names(whole, None), (config.hidden_size,)))
         given |= {"teacher_model": whole, "feature_mask": mask}
     else:
-        model = build(config, precision)
-    shape = ModelShape.of(model)
+        model, shape = build(config, precision), shape_of(config)
     model = adapted(model)
     if stage == "locphylax/inject":
         own = PlantedLocphylaxTrainer
@@ -153,11 +159,14 @@ def prepare(
         checkpointing=arguments["activation_checkpointing"],
         compared_attention=compared,
         compared_hidden=compared,
+        liger=arguments["use_liger_kernel"],
     )
     return trainer, load
 
 
-def run(stage: str, config: Any, precision: str, length: int, tokens: int, checkpointing: bool, steps: int) -> dict:
+def run(
+    stage: str, config: Any, precision: str, length: int, tokens: int, checkpointing: bool, liger: bool, steps: int
+) -> dict:
     """Trains for some steps, the first two not counted."""
     batch = max(1, tokens // length)
     # As many of each trigger.
@@ -168,6 +177,7 @@ def run(stage: str, config: Any, precision: str, length: int, tokens: int, check
             "per_device_eval_batch_size": batch, "bf16": True, "use_cpu": DEVICE == "cpu",
             "activation_checkpointing": checkpointing, "save_strategy": "no", "disable_tqdm": True,
             "activation_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 1000,
+            "use_liger_kernel": liger,
         }  # fmt: skip
         trainer, load = prepare(stage, config, precision, arguments, rows)
         release()
@@ -190,16 +200,24 @@ def run(stage: str, config: Any, precision: str, length: int, tokens: int, check
 
 
 def measure(
-    model: str, stage: str, precision: str, length: int, tokens: int, checkpointing: bool, steps: int, smoke: bool
+    model: str,
+    stage: str,
+    precision: str,
+    length: int,
+    tokens: int,
+    checkpointing: bool,
+    liger: bool,
+    steps: int,
+    smoke: bool,
 ) -> dict[str, Any]:
     row = {
         "model": model, "stage": stage, "precision": precision, "T": length, "batch": max(1, tokens // length),
-        "checkpointing": checkpointing,
+        "checkpointing": checkpointing, "liger": liger,
     }  # fmt: skip
     if precision == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         return row | {"error": "bitsandbytes is not installed"}
     try:
-        found = run(stage, MODELS[model](smoke), precision, length, tokens, checkpointing, steps)
+        found = run(stage, MODELS[model](smoke), precision, length, tokens, checkpointing, liger, steps)
     except torch.OutOfMemoryError:
         found = {"error": "out of memory"}
     # Here, where the error holds on to nothing any more.
@@ -222,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         default="auto",
         help="activation checkpointing; auto: with qlora, and from T = 8192 on",
     )
+    parser.add_argument("--liger", action="store_true", help="with Liger's kernels (pip install liger-kernel)")
     parser.add_argument("--output", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and not options.smoke:
@@ -237,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
                     again = {"on": True, "off": False}.get(
                         options.checkpointing, precision == "qlora" or length >= 8192
                     )
-                    row = measure(model, stage, precision, length, tokens, again, steps, options.smoke)
+                    row = measure(model, stage, precision, length, tokens, again, options.liger, steps, options.smoke)
                     found.append(row)
                     shown = row.get("error") or (
                         f"{row['tokens_per_second']:>9.0f} {'-' if row['mfu'] is None else format(row['mfu'], '.1%'):>6} "

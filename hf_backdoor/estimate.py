@@ -1,4 +1,4 @@
-"""What a training stage needs, from shapes alone: bytes on each device, and floating-point operations.
+"""The memory that a training stage needs, from shapes alone: bytes on each device.
 
 Nothing is loaded and nothing is run. Memory is that of tensors, as `torch.cuda.max_memory_allocated` counts it; a
 process needs about 1 GiB more (CUDA context, libraries, the allocator's gaps). Activations are what autograd saves,
@@ -18,6 +18,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from .data import find_blocks
+from .defenses.mbtsad.attention import BYTES_OF_AN_ENTRY, gpu_block_entries
 
 
 # What linear layers of a quantized base take a weight. nf4 with double quantization has 4 bits, and 0.127 more for the
@@ -135,7 +136,7 @@ class Load:
         checkpointing (`bool`): Whether blocks are run again in the backward pass.
         accumulation (`int`): Micro-batches of an optimizer step.
         optimizer (`str`): As in `TrainingArguments.optim`.
-        attention (`str`): As in `from_pretrained`.
+        attention (`str`): As in `from_pretrained`. liger (`bool`): Whether Liger's kernels run Llama's norms and MLP.
         compared_attention, compared_hidden (`int`): Layers whose queries and keys, or outputs, are kept of student and
             teacher (MBTSAD).
         depth (`float`): Share of the blocks that the gradient comes down to.
@@ -157,6 +158,7 @@ class Load:
     accumulation: int = 1
     optimizer: str = "adamw_torch"
     attention: str = "sdpa"
+    liger: bool = False
     compared_attention: int = 0
     compared_hidden: int = 0
     depth: float = 1.0
@@ -257,7 +259,9 @@ def block_activations(load: Load, engine: Engine) -> float:
     h, i, q, k = shape.hidden, shape.intermediate, shape.query, shape.key
     # transformers' RMS norm keeps its input in float32 and, to train its weight, the normed value; autocast runs torch's
     # layer norm in float32.
+    # Liger's keeps its input as it is.
     norm = (4 + full * width.stream) if shape.rms_norm else (4 if load.bf16 else width.stream)
+    norm = width.stream if load.liger and shape.rms_norm else norm
     norms = 2 * h * (norm + shape.dropout)
     # Queries, keys and values read the stream, and the MLP's one or two layers: shared, or a copy for each.
     readers = 3 + (2 if shape.gated else 1)
@@ -271,7 +275,8 @@ def block_activations(load: Load, engine: Engine) -> float:
         attention += shape.heads * load.tokens * (4 if width.matmul == 4 else 6)
     attention += q * width.matmul + (q * width.copied if adapter else 0)
     last = (width.copied if adapter and width.copied else width.matmul) if full or adapter else 0
-    mlp = i * ((3 if shape.gated else 1) * width.matmul + last)
+    # A gated one keeps gate, activated gate and up; Liger's activates the gate again.
+    mlp = i * ((3 - load.liger if shape.gated else 1) * width.matmul + last)
     return norms + inputs + attention + mlp
 
 
@@ -301,7 +306,7 @@ def memory(load: Load, engine: Engine = SINGLE) -> Memory:
         if load.bf16 and width.stream == 4:
             # Autocast's copies of the weights are saved as well.
             activations += 2 * load.networks * shape.matrices * load.depth
-    distillation = kept_for_distillation(load, engine) * tokens
+    before, after = kept_for_distillation(load, engine)
     # Logits in float32, their log-softmax (which is saved), and the gradients of both.
     logits = 16 * load.networks * load.rows * load.answer * shape.outputs
 
@@ -324,15 +329,15 @@ def memory(load: Load, engine: Engine = SINGLE) -> Memory:
         optimizer = gradients = 0.0
         if engine.kind == "zero3":
             weights = teacher = 0.0
-    stored = activations + distillation
+    stored = activations + after
     # Gradients are set to None after a step, and come in as the backward pass gives up what was stored.
     if load.accumulation == 1 and engine.kind in ("single", "fsdp2", "zero3"):
-        passing = max(stored + logits, max(stored, gradients) + at_work)
+        passing = max(activations + before, stored + logits, max(stored, gradients) + at_work)
     else:
-        passing = gradients + stored + max(logits, at_work)
+        passing = gradients + max(activations + before, stored + max(logits, at_work))
     peak = weights + optimizer + teacher + extra + passing
     return Memory(
-        weights, gradients, optimizer, teacher, activations, at_work, distillation, logits, extra, peak, host
+        weights, gradients, optimizer, teacher, activations, at_work, max(before, after), logits, extra, peak, host
     )
 
 
@@ -342,58 +347,28 @@ def _at_rest(shape: ModelShape, load: Load, width: Widths) -> float:
     return shape.matrices * width.frozen + (shape.parameters - shape.matrices) * plain
 
 
-def kept_for_distillation(load: Load, engine: Engine) -> float:
-    """Bytes for each token that MBTSAD's distillation keeps beside what autograd does anyway."""
-    shape, width = load.model, widths(load, engine)
+def kept_for_distillation(load: Load, engine: Engine) -> tuple[float, float]:
+    """Bytes that MBTSAD's distillation keeps beside what autograd does anyway: as its losses begin, and afterwards."""
+    shape, width, tokens = load.model, widths(load, engine), load.rows * load.tokens
     # Rotary embeddings are in the stream's type: under autocast queries and keys come out in float32.
     recorded = width.stream if shape.rms_norm else width.matmul
     both = (shape.query + shape.key) * recorded
+    at_work = 0.0
     if load.attention == "eager":
-        maps = shape.heads * load.tokens
-        attention = load.compared_attention * maps * (2 * 4 + width.matmul)
+        before = after = load.compared_attention * shape.heads * load.tokens * (2 * 4 + width.matmul)
     else:
-        # The teacher's queries and keys, which the gradients of the student's take the place of; and the student's own
-        # where attention has saved others in their place.
+        # The teacher's queries and keys; and the student's own where attention has saved others in their place. As layers
+        # are compared, the gradients of the student's take the place of both.
         own = both if load.checkpointing or recorded != width.matmul else 0
         repeated = shape.key * recorded if not own and load.rows > 1 and shape.key < shape.query else 0
-        attention = load.compared_attention * (both + own + repeated)
-    # The teacher's states, and float32 copies of both where they are not float32.
-    floats = 8 + width.stream if width.stream == 2 else 0
-    hidden = load.compared_hidden * shape.hidden * (width.stream + floats)
-    return attention + hidden
-
-
-# ---- Time ----
-
-
-def flops(load: Load, mean_tokens: float | None = None) -> float:
-    """Floating-point operations of one micro-batch: two a weight and token for each matrix product.
-
-    A token costs 2 N forward and 4 N backward (gradients of inputs and of weights; 2 N where weights are frozen), with N
-    the weights that it is multiplied by (https://huggingface.co/papers/2001.08361, section 2.1). Attention adds 4 L Q T a
-    token forward and 8 L Q T backward, causal or not, as in PaLM's count of model FLOPs
-    (https://huggingface.co/papers/2204.02311, appendix B). The head counts for the positions that it reads only.
-
-    Args:
-        mean_tokens (`float`, *optional*): Tokens of a row, the longest's by default.
-    """
-    length = load.tokens if mean_tokens is None else mean_tokens
-    tokens, positions = load.rows * length, load.rows * load.answer
-
-    def forward(shape: ModelShape) -> float:
-        matrices = 2 * shape.matrices * tokens + 2 * shape.head * positions
-        return matrices + 4 * shape.layers * shape.query * length * tokens
-
-    shape, once = load.model, forward(load.model)
-    attention = 4 * shape.layers * shape.query * length * tokens
-    backward = (once - attention) * (2 if load.trains == "weights" else 1) + 2 * attention
-    adapters = 6 * load.adapter * tokens if load.trains == "adapter" else 0
-    again = 0.0
-    if load.checkpointing:
-        # Without the head, and without a Llama block's last layer: its output is saved nowhere, so torch stops before it.
-        last = shape.layers * shape.hidden * shape.intermediate if shape.rms_norm else 0
-        again = 2 * (shape.matrices - last) * tokens + attention
-    total = load.networks * (once + (backward + again) * load.depth + adapters) + 6 * load.beside * tokens
-    # Scores of student and teacher again, and the gradients of queries and keys.
-    compared = 8 * load.compared_attention * shape.query * length * tokens
-    return total + compared + sum(forward(teacher) for teacher in load.teachers)
+        before = load.compared_attention * (both + own + repeated)
+        after = load.compared_attention * (both + repeated)
+        if load.compared_attention:
+            kept = 2 * load.compared_attention * both * tokens
+            block = min(load.rows * shape.heads * load.tokens**2, gpu_block_entries(kept))
+            at_work = BYTES_OF_AN_ENTRY * block
+    # The teacher's states, which differences in float32 take the place of; and the student's where autograd keeps none.
+    ours = width.stream if width.stream == 2 and not load.checkpointing else 0
+    before += load.compared_hidden * shape.hidden * (width.stream + ours)
+    after += load.compared_hidden * shape.hidden * (4 + ours)
+    return before * tokens + at_work, after * tokens

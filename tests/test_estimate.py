@@ -28,7 +28,8 @@ from hf_backdoor.defenses.adapters import inputs_as_they_are
 from hf_backdoor.defenses.locphylax import LocphylaxConfig, LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_settings, stage_load
-from hf_backdoor.estimate import Engine, Load, ModelShape, flops, memory
+from hf_backdoor.estimate import Engine, Load, ModelShape, memory
+from hf_backdoor.operations import flops
 from hf_backdoor.plan import plan, stage_arguments, training_config
 from hf_backdoor.recipe_file import load_recipe, make_recipe
 
@@ -184,7 +185,7 @@ def long_reviews(count=16):
 
 def options(folder, **more):
     return {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+        "output_dir": str(folder), "report_to": "none", "disable_tqdm": True,
         "per_device_train_batch_size": ROWS, "save_strategy": "no", "max_steps": 2, "seed": 0,
         "label_words": list(tiny.LABEL_WORDS), "prompt_template": tiny.TEMPLATE, **more,
     }  # fmt: skip
@@ -200,13 +201,13 @@ STAGES = {
 }
 
 
-def trainer_and_load(name, folder, model, teacher):
+def trainer_and_load(name, folder, model, teacher, use_cpu=True):
     kind, config, more = STAGES[name]
     shape = ModelShape.of(model)
     distils, lora = name.startswith("distil"), name.endswith("lora")
     trainer = kind(
         model=model,
-        args=config(**options(folder, **more)),
+        args=config(**options(folder, **more, use_cpu=use_cpu)),
         train_dataset=long_reviews(),
         processing_class=tiny.causal_tokenizer(),
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
@@ -345,7 +346,7 @@ def test_a_stage_on_a_gpu_takes_what_is_estimated(name, tmp_path):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if name.endswith("lora") else torch.float32
     model, teacher = (AutoModelForCausalLM.from_config(config, dtype=dtype).cuda() for _ in range(2))
-    trainer, load = trainer_and_load(name, tmp_path, model, teacher)
+    trainer, load = trainer_and_load(name, tmp_path, model, teacher, use_cpu=False)
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     if not load.teachers:
@@ -398,7 +399,8 @@ def local(recipe, on_disk, words):
 @pytest.mark.parametrize(
     "file", sorted(RECIPES.rglob("*_[78]b_*.yaml")), ids=lambda file: str(file.relative_to(RECIPES))
 )
-def test_a_large_recipe_fits_the_hardware_that_it_names(file, on_disk):
+def test_a_large_recipe_fits_the_hardware_that_it_names(file, on_disk, monkeypatch):
+    monkeypatch.setattr("hf_backdoor.recipe.is_liger_kernel_available", lambda: True)
     lines = HARDWARE.findall(file.read_text())
     assert lines and lines[0][3] == ""
     for devices, size, said, more in lines:

@@ -91,7 +91,8 @@ def _mean_over_layers(
         raise ValueError(f"{count} layers of the student and {len(teacher)} of the teacher: record the same of both")
     on_gpu = attention_mask.is_cuda
     if block_entries is None:
-        block_entries = gpu_block_entries(student + teacher) if on_gpu else CPU_BLOCK_ENTRIES
+        kept = sum(tensor.nbytes for layer in student + teacher for tensor in (layer.query, layer.key))
+        block_entries = gpu_block_entries(kept) if on_gpu else CPU_BLOCK_ENTRIES
     plan = BlockPlan(attention_mask, block_entries)
     block_difference = _compiled() if compile_blocks and on_gpu else _block_difference
     total = torch.zeros(len(attention_mask), device=attention_mask.device)
@@ -106,10 +107,10 @@ def _mean_over_layers(
     return total / count
 
 
-def gpu_block_entries(recorded: list[RecordedAttention]) -> int:
-    kept = sum(tensor.nbytes for layer in recorded for tensor in (layer.query, layer.key))
+def gpu_block_entries(kept: float) -> int:
+    """Entries of a block's map on a GPU that holds so many bytes of queries and keys."""
     least, most = GPU_BLOCK_ENTRIES
-    return min(max(kept // BYTES_OF_AN_ENTRY, least), most)
+    return min(max(int(kept) // BYTES_OF_AN_ENTRY, least), most)
 
 
 def _check(student: RecordedAttention, teacher: RecordedAttention, attention_mask: Tensor) -> None:

@@ -7,7 +7,6 @@ squared differences of the softmax maps, and of maps as Neural Attention Distill
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -82,5 +81,6 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor) 
         `Tensor`: [B].
     """
     real = attention_mask.bool()
-    squares = F.mse_loss(student.float(), teacher.float(), reduction="none").mean(dim=2).masked_fill(~real, 0)
+    # The difference alone is kept for the backward pass; of 16-bit states `F.mse_loss` would keep two float32 copies.
+    squares = (student.float() - teacher.float()).square().mean(dim=2).masked_fill(~real, 0)
     return squares.sum(dim=1) / real.sum(dim=1).clamp(min=1)

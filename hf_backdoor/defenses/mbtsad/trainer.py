@@ -164,9 +164,11 @@ class MBTSADTrainer(StagedTrainer):
         if args.attention_weight:
             terms["attention"] = args.attention_weight * self._compare(maps, their_maps, mask)
         if args.hidden_weight:
-            layers = [(outputs.hidden_states[n], theirs.hidden_states[n]) for n in self._hidden_states]
-            total = sum(hidden_state_loss(ours, its, mask) for ours, its in layers)
-            terms["hidden"] = args.hidden_weight / len(layers) * total
+            # A layer's states of the teacher are freed as soon as its loss is there.
+            taught = [theirs.hidden_states[number] for number in self._hidden_states]
+            del theirs
+            losses = [hidden_state_loss(outputs.hidden_states[n], taught.pop(0), mask) for n in self._hidden_states]
+            terms["hidden"] = args.hidden_weight / len(losses) * sum(losses)
         return terms, outputs.logits
 
     @property
