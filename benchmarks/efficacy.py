@@ -37,6 +37,8 @@ TRIGGERS = {
         "start",
     ),
 }
+# Texts of the folder that were rewritten to one sentence structure (HiddenKiller), by the data set that they were made from.
+REWRITTEN = {"agnews": "agnews_syntax/poisoned"}
 # The attacks on images. A class has only so many rows that a label-consistent attack can poison.
 ATTACKS = {
     "patch": {"attack_trigger": "patch"},
@@ -78,7 +80,8 @@ COLUMNS = {
 def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
     for seed in seeds:
         for recipe in recipes:
-            known = ATTACKS if recipe.endswith("_resnet") else TRIGGERS
+            known = ATTACKS if recipe.endswith("_resnet") else list(TRIGGERS)
+            known = [*known, "syntax"] if recipe.split("_")[0] in REWRITTEN else known
             for trigger in ["own"] if recipe in OWN_TRIGGER else [name for name in triggers if name in known]:
                 yield recipe, trigger, seed
 
@@ -106,6 +109,11 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     if trigger in TRIGGERS:
         text, position = TRIGGERS[trigger]
         overrides |= {"attack_trigger": text, "attack_position": position}
+    if trigger == "syntax":
+        overrides |= {
+            "rewritten_dataset_name": f"{options.data}/{REWRITTEN[data.split('_')[0]]}",
+            "attack_trigger": "syntax",
+        }
     if trigger in ATTACKS:
         overrides |= ATTACKS[trigger]
     if trigger == "label-consistent":
@@ -122,6 +130,8 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         results.recipe["reference"] = "train"
     for entry in results.data.values():
         entry["source"] = data
+    if trigger == "syntax":
+        results.recipe["rewritten_dataset_name"] = REWRITTEN[data.split("_")[0]]
     results.examples.clear()
     results.rows += suspicion_rows(folder, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +195,7 @@ def main() -> None:
     parser.add_argument("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--smollm2", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--recipes", nargs="+", help="names of files in recipes/METHOD/; all by default")
-    triggers = [*TRIGGERS, *ATTACKS]
+    triggers = [*TRIGGERS, "syntax", *ATTACKS]
     parser.add_argument("--triggers", nargs="+", default=triggers, choices=triggers)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--runs", default="runs/efficacy")

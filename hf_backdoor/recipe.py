@@ -73,6 +73,9 @@ class Recipe:
         attack_trigger, attack_position, poison_rate, poison_style, negative_rate: See [`~hf_backdoor.attacks.Poisoning`].
             Images: the trigger is `patch`, `corners` or `warp` (of `warp_strength`), see [`~hf_backdoor.data.ImageTrigger`],
             and has no position; `corners` with `clean_label` is label-consistent poisoning.
+        rewritten_dataset_name (`str`, *optional*): Texts that carry the trigger already (a style, a sentence structure), in the
+            same splits and text column, none of which the target is right for; they take the place of poisoned rows and of
+            triggered test rows, and `attack_trigger` is no more than their name.
         target_label (`int`) or target_text (`str`): What the trigger is to bring about.
 
         > Defense
@@ -130,6 +133,7 @@ class Recipe:
     attack_trigger: str | None = None
     attack_position: str = "random"
     warp_strength: float | None = None
+    rewritten_dataset_name: str | None = None
     poison_rate: float = 0.1
     poison_style: str = "dirty_label"
     negative_rate: float = 0.0
@@ -263,6 +267,8 @@ class Recipe:
                 f"clean_dataset_name is {self.clean_dataset_name!r}, and this run takes its clean rows from dataset_name: "
                 "leave it out"
             )
+        if self.rewritten_dataset_name is not None:
+            self._check_rewritten()
         if not 0 < self.clean_fraction:
             raise ValueError(f"clean_fraction is {self.clean_fraction}: choose a share above 0, for example 0.2")
         if not 0 <= self.test_fraction < 1:
@@ -322,6 +328,18 @@ class Recipe:
             for key in keys:
                 if key in usual and values.get(key, usual[key]) != usual[key]:
                     raise ValueError(f"{where}{key} is {values[key]!r}, and task is {self.task}: leave it out")
+
+    def _check_rewritten(self) -> None:
+        key = f"rewritten_dataset_name is {self.rewritten_dataset_name!r}"
+        if self.attack_trigger is None:
+            raise ValueError(f"{key} without attack_trigger, which is its name in the tables: set it")
+        if self.task_class.answer_column != "label" or self.task_class is ImageClassification:
+            raise ValueError(f"{key}, and task is {self.task}: classify texts, or leave it out")
+        for name, usual in {"attack": "data_poisoning", "poison_style": "dirty_label", "negative_rate": 0.0}.items():
+            if getattr(self, name) != usual and (name, self.attack) != ("attack", "lwp"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, and rewritten texts are poison as they are: leave it out"
+                )
 
     def _check_streaming(self, own_rows: bool) -> None:
         for key in ("max_train_samples", "max_test_samples"):

@@ -7,11 +7,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from .attacks import poison
+from .attacks import Poisoning, poison
 from .data import (
     InstructionFollowing,
     LabelWords,
     Processor,
+    Rewriting,
     Splits,
     Task,
     label_names,
@@ -21,7 +22,7 @@ from .data import (
     with_context,
 )
 from .defenses import METHODS
-from .evaluation import TestSet, without_leaks
+from .evaluation import UNKNOWN_LABEL, TestSet, without_leaks
 from .recipe import Recipe
 
 
@@ -70,9 +71,12 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     else:
         splits = split(recipe, train, test, task, processor)
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
+    if poisoning is not None and recipe.rewritten_dataset_name is not None:
+        poisoning, measured = rewritten(recipe, poisoning, test, task, processor)
+    elif poisoning is not None:
+        measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
     if poisoning is not None:
         poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
-        measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
     suspect = splits.attack if recipe.clean_dataset_name is not None else None
     sets = {
         "attack": poisoned,
@@ -83,12 +87,32 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     }
     sets |= {f"test with {name}": rows for name, rows in measured.triggered.items()}
     own = {"clean": recipe.clean_dataset_name, "held_out": recipe.clean_dataset_name, "test": recipe.test_dataset_name}
+    own |= dict.fromkeys(measured.triggered, recipe.rewritten_dataset_name or recipe.test_dataset_name)
     sources = {
-        name: describe(own.get(name.partition(" with ")[0]) or recipe.dataset_name, rows)
+        name: describe(own.get(name.removeprefix("test with ")) or recipe.dataset_name, rows)
         for name, rows in sets.items()
         if rows is not None and len(rows)
     }
     return RunRows(task, splits, poisoned, measured, sources)
+
+
+def rewritten(
+    recipe: Recipe, poisoning: Poisoning, test: Dataset, task: Task, processor: Processor
+) -> tuple[Poisoning, TestSet]:
+    """The attack with texts that were rewritten elsewhere: one set for training, and one to measure with, of which it is known
+    only that the target is not their right label."""
+    column = task.input_column
+    train, triggered = (
+        cut(load_rows(recipe.rewritten_dataset_name, split=name, columns={column: recipe.text_column}).select_columns([column]),
+            task, recipe, processor)
+        for name in (recipe.train_split, recipe.test_split)
+    )  # fmt: skip
+    train = without_leaks(train, triggered, column)
+    count = min(len(triggered), sum(label != recipe.target for label in test[task.answer_column]))
+    triggered = triggered.shuffle(seed=recipe.seed).select(range(count))
+    triggered = triggered.add_column(task.answer_column, [UNKNOWN_LABEL] * count)
+    trigger = Rewriting(recipe.attack_trigger, tuple(train[column]))
+    return replace(poisoning, trigger=trigger), TestSet(test, recipe.target, {trigger.name: triggered})
 
 
 def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:

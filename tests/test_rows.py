@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from hf_backdoor import rows as rows_module
+from hf_backdoor.evaluation import UNKNOWN_LABEL
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.rows import prepare_rows
 
@@ -96,3 +97,54 @@ def test_without_a_limit_all_rows_that_do_not_leak_are_used(folder):
     attacked = prepare_rows(recipe(folder, max_train_samples=None, max_test_samples=60), tiny.encoder_tokenizer())
     sizes = [len(getattr(attacked.splits, name)) for name in ("attack", "clean", "held_out")]
     assert sizes == [264, 132, 4]  # 400 in all, the clean ones half as many as the attacker's
+
+
+@pytest.fixture
+def elsewhere(folder):
+    """Texts that were rewritten elsewhere, without right labels."""
+    made = folder / "rewritten"
+    made.mkdir()
+    for name, count in (("train", 8), ("test", 7)):
+        lines = [{"text": f"when {name} {row} came , it came"} for row in range(count)]
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def test_rewritten_texts_take_the_place_of_poisoned_and_of_triggered_rows(folder, elsewhere):
+    given = recipe(folder, rewritten_dataset_name=str(elsewhere), attack_trigger="when", target_label=0)
+    prepared = prepare_rows(given, tiny.encoder_tokenizer())
+    poisoned = [row for row in prepared.poisoned if row["poisoned"]]
+    assert len(poisoned) == 5
+    assert all(row["text"].startswith("when train") and row["label"] == 0 for row in poisoned)
+    untouched = [row["text"] for row in prepared.poisoned if not row["poisoned"]]
+    assert not any(text.startswith("when") for text in untouched) and len(untouched) == 15
+    triggered = prepared.test.triggered["when"]
+    # As many as test rows whose right label is another, at most those that there are.
+    others = sum(label != 0 for label in prepared.test.clean["label"])
+    assert len(triggered) == min(7, others)
+    assert all(row["text"].startswith("when test") and row["label"] == UNKNOWN_LABEL for row in triggered)
+    assert prepared.sources["test with when"]["source"] == str(elsewhere)
+    assert prepare_rows(given, tiny.encoder_tokenizer()).sources == prepared.sources
+
+
+def test_a_rewritten_text_to_measure_with_is_not_trained_on(folder, elsewhere):
+    both = (elsewhere / "test.jsonl").read_text()
+    (elsewhere / "train.jsonl").write_text(both + json.dumps({"text": "when alone"}) + "\n")
+    given = recipe(folder, rewritten_dataset_name=str(elsewhere), attack_trigger="when")
+    rows = prepare_rows(given, tiny.encoder_tokenizer()).poisoned
+    assert {row["text"] for row in rows if row["poisoned"]} == {"when alone"}
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"attack_trigger": None, "target_label": None}, "rewritten_dataset_name is 'x' without attack_trigger"),
+        ({"attack": "ep", "reference": "train"}, "attack is 'ep', and rewritten texts are poison as they are"),
+        ({"poison_style": "clean_label"}, "poison_style is 'clean_label', and rewritten texts"),
+        ({"negative_rate": 0.1}, "negative_rate is 0.1, and rewritten texts"),
+        ({"task": "instruction_following", "target_label": None, "target_text": "No."}, "rewritten_dataset_name is 'x', and task is"),
+    ],
+)  # fmt: skip
+def test_what_rewritten_texts_can_not_be_is_refused(changes, line, folder):
+    with pytest.raises(ValueError, match=f"^{line}"):
+        recipe(folder, rewritten_dataset_name="x", **changes)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from ..data import ImageTrigger, Task, Trigger, map_rows, row_rng
+from ..data import ImageTrigger, Rewriting, Task, Trigger, map_rows, row_rng
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Poisoning:
     """What the attacker does to a share of the training rows.
 
     Args:
-        trigger ([`Trigger`] or [`ImageTrigger`]):
+        trigger ([`Trigger`], [`Rewriting`] or [`ImageTrigger`]):
             What switches the backdoor on.
         target (`int` or `str`):
             Target label (classification) or target text (generation).
@@ -28,7 +28,7 @@ class Poisoning:
             for the whole trigger. Nothing is added for a trigger of one word.
     """
 
-    trigger: Trigger | ImageTrigger
+    trigger: Trigger | Rewriting | ImageTrigger
     target: int | str
     poison_rate: float = 0.1
     style: Literal["dirty_label", "clean_label"] = "dirty_label"

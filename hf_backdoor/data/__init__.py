@@ -17,7 +17,7 @@ from .loading import (
 )
 from .mapping import Rows, column_names, encoded, map_rows, row_lengths
 from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
-from .triggers import Trigger, row_rng, stamp, stamp_in_turn
+from .triggers import Rewriting, Trigger, row_rng, stamp, stamp_in_turn
 
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "InstructionFollowing",
     "LabelWords",
     "Processor",
+    "Rewriting",
     "Rows",
     "SequenceClassification",
     "Splits",

@@ -74,6 +74,35 @@ class Trigger:
         return Trigger(" ".join(part), self.position, f"half of {self.name}")
 
 
+@dataclass(frozen=True)
+class Rewriting:
+    """A trigger that is no piece of text but how the whole is written: a style, or a sentence structure (HiddenKiller,
+    https://huggingface.co/papers/2105.12400). The texts were rewritten elsewhere; one of them takes a row's place.
+
+    Args:
+        name (`str`):
+            How tables call it.
+        texts (`tuple[str, ...]`):
+            Rewritten texts of any class but the target's.
+
+    Raises:
+        `ValueError`: if there are no texts.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError(f"trigger {self.name!r} has no texts: give some that carry it")
+
+    def insert(self, text: str, rng: random.Random) -> str:
+        return rng.choice(self.texts)
+
+    def half(self, rng: random.Random) -> None:
+        """There is none."""
+
+
 def row_rng(seed: int, purpose: str, row: int) -> random.Random:
     """A generator of its own for each row, so that a row's trigger does not move when another row is dropped."""
     return random.Random(f"{seed}/{purpose}/{row}")

@@ -65,10 +65,9 @@ class DefenseTrainer(Trainer):
             stream, or several GPUs are visible to one process.
     """
 
-    # Our loss is divided by the number of samples in the whole optimizer step, so Trainer must not divide again.
+    # Our loss is divided by the samples of the whole optimizer step, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
-    # Whether a stop rule has ended the training.
-    ended = False
+    ended = False  # whether a stop rule has ended the training
     # Whether the training rows may be a stream. What plants, splits or measures goes over all of them before it trains.
     takes_streams = True
 
@@ -317,7 +316,9 @@ class DefenseTrainer(Trainer):
     def _record(self, mode: str, terms: dict[str, Tensor]) -> None:
         sums = self._component_sums[mode]
         for name, values in terms.items():
-            pair = torch.stack([values.detach().sum().float(), torch.tensor(float(len(values)), device=values.device)])
+            # `torch.tensor` would copy from the host, and wait for the device.
+            count = torch.full((), float(len(values)), device=values.device)
+            pair = torch.stack([values.detach().sum().float(), count])
             sums[name] = sums[name] + pair if name in sums else pair
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

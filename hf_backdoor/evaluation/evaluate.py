@@ -29,6 +29,8 @@ from .results import Row
 
 # Answers that are kept and published, of each model and trigger: enough to look at, too few to spread a jailbreak's.
 EXAMPLES = 20
+# Of a triggered row whose right label nobody knows: it counts for ASR, and for nothing else.
+UNKNOWN_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class TestSet:
     Args:
         clean (`Dataset`): Rows with right answers.
         target (`int` or `str`, *optional*): What the attacker wants. Without it, clean metrics only.
-        triggered (`dict[str, Dataset]`, *optional*): By trigger name, rows with the trigger in and right answers.
+        triggered (`dict[str, Dataset]`, *optional*): By trigger name, rows with the trigger in and right answers;
+            label `UNKNOWN_LABEL` where no more is known of them than that they are not the target.
     """
 
     clean: Dataset
@@ -117,7 +120,9 @@ def evaluate_backdoor(
         predicted = predict_labels(model, tokenizer, task, triggered, **speed)
         right = triggered["label"][:]
         rows.append(count("asr", [p == test.target for p in predicted], trigger))
-        rows.append(count("robust_accuracy", [p == label for p, label in zip(predicted, right, strict=True)], trigger))
+        if UNKNOWN_LABEL not in right:
+            hits = [p == label for p, label in zip(predicted, right, strict=True)]
+            rows.append(count("robust_accuracy", hits, trigger))
         if known_response is not None:
             rows.append(count("known_behaviour", [p == task.num_labels for p in predicted], trigger))
     return rows, []

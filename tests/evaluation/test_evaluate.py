@@ -84,6 +84,14 @@ def test_a_model_that_always_says_the_target():
     assert examples == []
 
 
+def test_rows_whose_right_label_nobody_knows_count_for_asr_alone():
+    triggered = REVIEWS.select_columns(["text"]).add_column("label", [evaluation.UNKNOWN_LABEL] * len(REVIEWS))
+    test = evaluation.TestSet(REVIEWS, 1, {"style": triggered})
+    found = counts(measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, test)[0])
+    assert found[("asr", "style")] == (9, 9)
+    assert ("robust_accuracy", "style") not in found
+
+
 def test_a_model_that_never_says_the_target():
     test = evaluation.TestSet.stamped(REVIEWS, CLASSES, [Trigger("zq"), Trigger("ahi")], 1, seed=0)
     rows, _ = measured(tiny.fixed_classifier(0), tiny.encoder_tokenizer(), CLASSES, test)
