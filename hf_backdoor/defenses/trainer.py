@@ -316,8 +316,7 @@ class DefenseTrainer(Trainer):
     def _record(self, mode: str, terms: dict[str, Tensor]) -> None:
         sums = self._component_sums[mode]
         for name, values in terms.items():
-            # `torch.tensor` would copy from the host, and wait for the device.
-            count = torch.full((), float(len(values)), device=values.device)
+            count = torch.full((), float(len(values)), device=values.device)  # `torch.tensor` waits for the device
             pair = torch.stack([values.detach().sum().float(), count])
             sums[name] = sums[name] + pair if name in sums else pair
 
