@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_backdoor.cli import accelerate_settings
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
-from hf_backdoor.defenses.adapters import inputs_as_they_are
+from hf_backdoor.defenses.autocast import inputs_as_they_are
 from hf_backdoor.defenses.locphylax import LocphylaxConfig, LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_settings, stage_load

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import SIDE_COLUMNS, Processor, Rows, Task, auto_class, collator_for, encoded, infer_task, moved
-from .adapters import inputs_as_they_are
+from .autocast import inputs_as_they_are
 from .config import DefenseConfig
 from .engines import check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
-from hf_backdoor.defenses.adapters import inputs_as_they_are
+from hf_backdoor.defenses.autocast import inputs_as_they_are
 
 
 def adapted(dtype=torch.bfloat16):
