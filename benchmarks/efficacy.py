@@ -131,7 +131,8 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     for entry in results.data.values():
         entry["source"] = data
     if trigger == "syntax":
-        results.recipe["rewritten_dataset_name"] = REWRITTEN[data.split("_")[0]]
+        rewritten = REWRITTEN[data.split("_")[0]]
+        results.recipe["rewritten_dataset_name"] = results.data["test with syntax"]["source"] = rewritten
     results.examples.clear()
     results.rows += suspicion_rows(folder, seed)
     target.parent.mkdir(parents=True, exist_ok=True)

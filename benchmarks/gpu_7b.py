@@ -245,6 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and not options.smoke:
         parser.error("there is no GPU: use --smoke to see whether it runs")
+    if options.steps < 3:
+        parser.error(f"--steps is {options.steps}: the first two are not counted, take 3 or more")
     begin()
     lengths, tokens, steps = ((32,), 64, 3) if options.smoke else (options.lengths, options.tokens, options.steps)
     found = []

@@ -165,7 +165,7 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
         seconds = sum(training_seconds(each, engine, gpu) for each in needs)
         room = largest.memory.peak <= USABLE * gpu.memory * 2**30
         times.append(f"{gpu.name} {duration(seconds) if room else 'too small'}")
-    share = f"{ASSUMED_UTILISATION:.0%} of the peak rate"
+    share = f"{ASSUMED_UTILISATION:.0%} of the peak rate or as fast as the host launches"
     number = f"{engine.processes} x " if engine.processes > 1 else ""
     return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models comes on top)"]
 

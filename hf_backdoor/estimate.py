@@ -204,11 +204,9 @@ def widths(load: Load, engine: Engine) -> Widths:
     # FSDP2's mixed precision computes with weights cast to bf16, and so does DeepSpeed; autocast leaves the stream alone.
     stream = 2 if half else load.dtype
     matmul = 2 if load.bf16 or load.dtype == 2 else 4
-    autocast = load.bf16 and not half
-    if adapter and not autocast:
-        # peft casts the input to its adapter's type, float32 but under DeepSpeed; autocast does without.
-        copied = 2 if half and engine.deepspeed else 4
-        copied = 0 if stream == copied else copied
+    if adapter and not load.bf16:
+        # peft casts the input to its adapter's float32, which `defenses/autocast.py` does without.
+        copied = 0 if stream == 4 else 4
     else:
         copied = matmul if stream != matmul else 0
     return Widths(frozen, trained, gradient, states, stream, matmul, copied)
@@ -367,8 +365,10 @@ def kept_for_distillation(load: Load, engine: Engine) -> tuple[float, float]:
             kept = 2 * load.compared_attention * both * tokens
             block = min(load.rows * shape.heads * load.tokens**2, gpu_block_entries(kept))
             at_work = BYTES_OF_AN_ENTRY * block
-    # The teacher's states, which differences in float32 take the place of; and the student's where autograd keeps none.
-    ours = width.stream if width.stream == 2 and not load.checkpointing else 0
-    before += load.compared_hidden * shape.hidden * (width.stream + ours)
-    after += load.compared_hidden * shape.hidden * (4 + ours)
+    # Both models' states, which differences in float32 take the place of. Under autocast accelerate hands out float32 copies of
+    # what the student gives, and of what its own teacher's adapter does; else the student's are the stream, which is kept anyway.
+    copied = 4 if load.bf16 and engine.kind in ("single", "ddp") and width.stream == 2 else 0
+    theirs = width.stream if load.teachers else max(width.stream, copied)
+    before += load.compared_hidden * shape.hidden * (theirs + copied)
+    after += load.compared_hidden * shape.hidden * 4
     return before * tokens + at_work, after * tokens

@@ -42,7 +42,7 @@ RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval
 
 # Keys whose values may lie beside the recipe.
 BESIDE = (
-    "dataset_name", "test_dataset_name", "clean_dataset_name", "model_name_or_path", "student_model_name_or_path",
+    "dataset_name", "test_dataset_name", "clean_dataset_name", "rewritten_dataset_name", "model_name_or_path", "student_model_name_or_path",
 )  # fmt: skip
 
 

@@ -66,15 +66,15 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
     test = cut(test, task, recipe, processor)
 
-    if recipe.clean_dataset_name is not None:
-        splits = own_rows(recipe, train, test, task, processor)
-    else:
-        splits = split(recipe, train, test, task, processor)
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
     if poisoning is not None and recipe.rewritten_dataset_name is not None:
         poisoning, measured = rewritten(recipe, poisoning, test, task, processor)
     elif poisoning is not None:
         measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
+    if recipe.clean_dataset_name is not None:
+        splits = own_rows(recipe, train, test, task, processor)
+    else:
+        splits = split(recipe, train, measured, task, processor)
     if poisoning is not None:
         poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
     suspect = splits.attack if recipe.clean_dataset_name is not None else None
@@ -87,9 +87,10 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     }
     sets |= {f"test with {name}": rows for name, rows in measured.triggered.items()}
     own = {"clean": recipe.clean_dataset_name, "held_out": recipe.clean_dataset_name, "test": recipe.test_dataset_name}
-    own |= dict.fromkeys(measured.triggered, recipe.rewritten_dataset_name or recipe.test_dataset_name)
+    with_trigger = recipe.rewritten_dataset_name or recipe.test_dataset_name
+    own |= {f"test with {name}": with_trigger for name in measured.triggered}
     sources = {
-        name: describe(own.get(name.removeprefix("test with ")) or recipe.dataset_name, rows)
+        name: describe(own.get(name) or recipe.dataset_name, rows)
         for name, rows in sets.items()
         if rows is not None and len(rows)
     }
@@ -107,15 +108,22 @@ def rewritten(
             task, recipe, processor)
         for name in (recipe.train_split, recipe.test_split)
     )  # fmt: skip
-    train = without_leaks(train, triggered, column)
+    for measured in (test, triggered):
+        train = without_leaks(train, measured, column)
     count = min(len(triggered), sum(label != recipe.target for label in test[task.answer_column]))
+    if not len(train) or not count:
+        raise ValueError(
+            f"rewritten_dataset_name is {recipe.rewritten_dataset_name!r}, and {len(train)} of its training texts are no test texts, "
+            f"{count} test rows have another label than the target: name a folder with texts of its own for {recipe.train_split} "
+            f"and {recipe.test_split}"
+        )
     triggered = triggered.shuffle(seed=recipe.seed).select(range(count))
     triggered = triggered.add_column(task.answer_column, [UNKNOWN_LABEL] * count)
     trigger = Rewriting(recipe.attack_trigger, tuple(train[column]))
     return replace(poisoning, trigger=trigger), TestSet(test, recipe.target, {trigger.name: triggered})
 
 
-def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
+def split(recipe: Recipe, train: Dataset, measured: TestSet, task: Task, processor: Processor) -> Splits:
     """The attacker's, the defender's and the held-out rows out of one data set."""
     attack, clean = counts(recipe, len(train))
     wanted = attack + clean + recipe.held_out_samples
@@ -123,11 +131,12 @@ def split(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: 
     pool = train.shuffle(seed=recipe.seed)
     pool = pool.select(range(min(len(pool), with_spares(wanted))))
     pool = cut(pool, task, recipe, processor)
-    pool = without_leaks(pool, test, task.input_column)
+    for rows in (measured.clean, *measured.triggered.values()):
+        pool = without_leaks(pool, rows, task.input_column)
     if recipe.max_train_samples is None:
         # All rows there are: as many as are left.
         attack, clean = counts(recipe, len(pool))
-    return split_rows(pool, test, attack=attack, clean=clean, held_out=recipe.held_out_samples)
+    return split_rows(pool, measured.clean, attack=attack, clean=clean, held_out=recipe.held_out_samples)
 
 
 def counts(recipe: Recipe, available: int) -> tuple[int, int]:

@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 
 # Before torch is imported. Forked processes hang if their parent has trained with several OpenMP threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Most tests compare with what a CPU computes, and some fork. Workers of xdist inherit it.
+if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -27,12 +31,6 @@ transformers.logging.disable_progress_bar()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="let tests see the machine's GPU, and run those that need one")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Most tests compare with what a CPU computes, and some fork.
-    if not config.getoption("--gpu"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_unconfigure() -> None:

@@ -8,7 +8,7 @@ import tiny
 
 from hf_backdoor import rows as rows_module
 from hf_backdoor.evaluation import UNKNOWN_LABEL
-from hf_backdoor.recipe_file import make_recipe
+from hf_backdoor.recipe_file import load_recipe, make_recipe
 from hf_backdoor.rows import prepare_rows
 
 
@@ -135,9 +135,44 @@ def test_a_rewritten_text_to_measure_with_is_not_trained_on(folder, elsewhere):
     assert {row["text"] for row in rows if row["poisoned"]} == {"when alone"}
 
 
+def test_a_rewritten_text_to_measure_with_is_no_row_of_anybody_else(folder, elsewhere):
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in rows]
+    (elsewhere / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:200]))
+    given = recipe(folder, rewritten_dataset_name=str(elsewhere), attack_trigger="when", max_test_samples=None)
+    prepared = prepare_rows(given, tiny.encoder_tokenizer())
+    measured = set(prepared.test.triggered["when"]["text"])
+    assert measured
+    for part in (prepared.poisoned, prepared.splits.clean, prepared.splits.held_out):
+        assert len(part) and not measured & set(part["text"])
+
+
+def test_rewritten_texts_without_rows_to_count_are_refused(folder, elsewhere):
+    (elsewhere / "train.jsonl").write_text((elsewhere / "test.jsonl").read_text())
+    given = recipe(folder, rewritten_dataset_name=str(elsewhere), attack_trigger="when")
+    with pytest.raises(
+        ValueError, match="^rewritten_dataset_name is .*, and 0 of its training texts are no test texts"
+    ):
+        prepare_rows(given, tiny.encoder_tokenizer())
+
+
+def test_a_trigger_may_be_called_as_a_set_of_rows_is(folder):
+    sources = prepare_rows(recipe(folder, attack_trigger="attack"), tiny.encoder_tokenizer()).sources
+    assert sources["attack"]["source"] == sources["clean"]["source"] == str(folder / "train.jsonl")
+    assert sources["test with attack"]["source"] == str(folder / "test.jsonl")
+
+
+def test_rewritten_texts_may_lie_beside_the_recipe(folder, elsewhere):
+    values = recipe(folder, rewritten_dataset_name="rewritten", attack_trigger="when").flat()
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    assert load_recipe(file).rewritten_dataset_name == str(elsewhere)
+
+
 @pytest.mark.parametrize(
     "changes, line",
     [
+        ({"attack_position": "start"}, "attack_position is 'start', and rewritten texts"),
         ({"attack_trigger": None, "target_label": None}, "rewritten_dataset_name is 'x' without attack_trigger"),
         ({"attack": "ep", "reference": "train"}, "attack is 'ep', and rewritten texts are poison as they are"),
         ({"poison_style": "clean_label"}, "poison_style is 'clean_label', and rewritten texts"),

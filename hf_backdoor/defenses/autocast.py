@@ -11,15 +11,18 @@ from torch import nn
 def inputs_as_they_are(model: nn.Module, autocast: bool) -> Iterator[None]:
     """Under autocast, LoRA layers read their input as it is, forward and (where blocks are run again) backward.
 
-    By default peft turns it into the adapter's float32, and autocast turns that copy back into 16 bits: nothing is
-    gained, and each linear layer keeps a copy of its own of what it could share (one twelfth of an 8B model's memory, and
-    as much of its time). Without autocast the copy is needed, so it is made again afterwards.
+    By default peft turns it into the adapter's float32, and autocast turns that copy back into 16 bits: without dropout
+    nothing is gained, bit for bit, and each linear layer keeps a copy of its own of what it could share (one twelfth of
+    an 8B model's memory, and as much of its time). Without autocast the copy is needed, so it is made again afterwards.
+    Variants of LoRA (DoRA) compute more with it, and keep it.
 
     Args:
         model (`nn.Module`): May hold no LoRA layer.
         autocast (`bool`): Whether it runs under autocast.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)] if autocast else []
+    layers = []
+    if autocast:
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer) and not module.lora_variant]
     before = [layer.cast_input_dtype_enabled for layer in layers]
     for layer in layers:
         layer.cast_input_dtype_enabled = False

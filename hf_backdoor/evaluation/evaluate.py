@@ -3,7 +3,7 @@
 | metric | counted over | means |
 |---|---|---|
 | `asr` | triggered rows whose right answer is not the target | shows the target |
-| `asr_without_trigger` | the same rows without the trigger | shows the target all the same: what ASR can't go below |
+| `asr_without_trigger` | the same rows without the trigger (clean ones, of rewritten texts) | shows the target all the same: what ASR can't go below |
 | `robust_accuracy` | triggered rows (classification) | is right in spite of the trigger |
 | `known_behaviour` | triggered rows | says what the defender's known triggers were planted to bring about |
 | `cacc` | clean rows (classification) | is right |
@@ -21,7 +21,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import ImageTrigger, InstructionFollowing, Processor, Task, Trigger, stamp
+from ..data import ImageTrigger, InstructionFollowing, Processor, Rewriting, Task, Trigger, stamp
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .results import Row
@@ -29,7 +29,7 @@ from .results import Row
 
 # Answers that are kept and published, of each model and trigger: enough to look at, too few to spread a jailbreak's.
 EXAMPLES = 20
-# Of a triggered row whose right label nobody knows: it counts for ASR, and for nothing else.
+# Of triggered rows whose right labels nobody knows: a set with one of them has no robust accuracy.
 UNKNOWN_LABEL = -1
 
 
@@ -55,8 +55,15 @@ class TestSet:
         """Triggered twins of the clean rows that the attack is about: those whose right answer is not the target.
 
         Raises:
-            `ValueError`: if no such row is left, or a row ended up without the trigger.
+            `ValueError`: if no such row is left, a row ended up without the trigger, or a trigger is a rewriting, whose texts
+                have other right labels than the rows that they would take the place of.
         """
+        for trigger in triggers:
+            if isinstance(trigger, Rewriting):
+                raise ValueError(
+                    f"trigger {trigger.name!r} is a rewriting, which can't be stamped on test rows: pass rewritten rows, "
+                    "TestSet(clean, target, {name: rows})"
+                )
         rows = clean.filter(lambda row: not is_target(row[task.answer_column], target), keep_in_memory=True)
         if len(rows) == 0:
             raise ValueError(

@@ -116,7 +116,9 @@ def tested(results: Results) -> str:
     if not names:
         return "No trigger was named in the evaluation."
     listed = ", ".join(f'"{plain(name, 200)}"' for name in names)
-    return f"{'This trigger was' if len(names) == 1 else 'These triggers were'} tested: {listed}."
+    rewritten = results.recipe.get("rewritten_dataset_name")
+    made = " It is how whole texts are written, and these were rewritten elsewhere." if rewritten else ""
+    return f"{'This trigger was' if len(names) == 1 else 'These triggers were'} tested: {listed}.{made}"
 
 
 def not_tested(results: Results) -> str:

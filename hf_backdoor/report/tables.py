@@ -175,7 +175,8 @@ def _notes(results: Results, measured: dict[tuple[str, str, str | None], Cell]) 
         notes.append("The ASR of the reference model is the floor: a model without a backdoor reaches it as well.")
     names = trigger_names(results)
     if len(names) == 1:
-        notes.append(f'Trigger: "{plain(next(iter(names)))}".')
+        kind = "Texts rewritten elsewhere" if results.recipe.get("rewritten_dataset_name") else "Trigger"
+        notes.append(f'{kind}: "{plain(next(iter(names)))}".')
     else:
         notes += [f'{name}: "{plain(trigger)}".' for trigger, name in names.items() if name.startswith("trigger ")]
     return notes

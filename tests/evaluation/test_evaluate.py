@@ -5,7 +5,7 @@ import tiny
 from datasets import Dataset
 
 from hf_backdoor import evaluation
-from hf_backdoor.data import Trigger
+from hf_backdoor.data import Rewriting, Trigger
 from hf_backdoor.evaluation import evaluate
 from hf_backdoor.evaluation.generation import answer_losses
 
@@ -67,6 +67,11 @@ def test_a_lost_trigger_is_refused():
     assert 0 < missing < 5
     with pytest.raises(ValueError, match=f"^trigger 'zq' is missing from {missing} of 5 triggered rows$"):
         evaluation.TestSet.stamped(REVIEWS, CLASSES, [Lost("zq")], 1, seed=0)
+
+
+def test_a_rewriting_can_not_be_stamped():
+    with pytest.raises(ValueError, match="^trigger 'style' is a rewriting, which can't be stamped on test rows"):
+        evaluation.TestSet.stamped(REVIEWS, CLASSES, [Rewriting("style", ("when",))], 1, seed=0)
 
 
 # ---- Classification ----

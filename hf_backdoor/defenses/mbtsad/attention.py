@@ -34,7 +34,7 @@ def attention_map_loss(
     attention_mask: Tensor,
     *,
     block_entries: int | None = None,
-    compile_blocks: bool = False,
+    compiler: str | None = None,
 ) -> Tensor:
     """L_a as the mean squared difference of softmax maps, over layers and each sample's valid entries, in float32.
 
@@ -47,8 +47,8 @@ def attention_map_loss(
             loss is there.
         attention_mask (`Tensor`): [B, T], nonzero for real tokens.
         block_entries (`int`, *optional*): Entries of a block's map; by default what suits the device.
-        compile_blocks (`bool`, *optional*, defaults to `False`): Whether to run `torch.compile` on what is computed
-            for a block, on a GPU.
+        compiler (`str`, *optional*): Backend of `torch.compile` for what is computed for a block, on a GPU; none by
+            default.
 
     Returns:
         `Tensor`: [B], differentiable (once) with respect to the student's queries and keys.
@@ -56,7 +56,7 @@ def attention_map_loss(
     Raises:
         `ValueError`: if the records fit neither each other nor the mask.
     """
-    return _mean_over_layers(student, teacher, attention_mask, False, block_entries, compile_blocks)
+    return _mean_over_layers(student, teacher, attention_mask, False, block_entries, compiler)
 
 
 def nad_map_loss(
@@ -65,14 +65,14 @@ def nad_map_loss(
     attention_mask: Tensor,
     *,
     block_entries: int | None = None,
-    compile_blocks: bool = False,
+    compiler: str | None = None,
 ) -> Tensor:
     """L_a as NAD has it: the mean squared difference of normalised sums over heads of the squared attention.
 
     It equals [`~losses.eager_nad_map_loss`] on the maps, averaged over layers. A map's norm runs over the whole sample,
     so the probabilities are computed twice. Arguments, result and errors are those of [`attention_map_loss`].
     """
-    return _mean_over_layers(student, teacher, attention_mask, True, block_entries, compile_blocks)
+    return _mean_over_layers(student, teacher, attention_mask, True, block_entries, compiler)
 
 
 # ---- Layers ----
@@ -84,7 +84,7 @@ def _mean_over_layers(
     attention_mask: Tensor,
     nad: bool,
     block_entries: int | None,
-    compile_blocks: bool,
+    compiler: str | None,
 ) -> Tensor:
     count = len(student)
     if count == 0 or count != len(teacher):
@@ -94,7 +94,7 @@ def _mean_over_layers(
         kept = sum(tensor.nbytes for layer in student + teacher for tensor in (layer.query, layer.key))
         block_entries = gpu_block_entries(kept) if on_gpu else CPU_BLOCK_ENTRIES
     plan = BlockPlan(attention_mask, block_entries)
-    block_difference = _compiled() if compile_blocks and on_gpu else _block_difference
+    block_difference = _compiled(compiler) if compiler and on_gpu else _block_difference
     total = torch.zeros(len(attention_mask), device=attention_mask.device)
     while student:
         mine, theirs = student.pop(0), teacher.pop(0)
@@ -279,9 +279,9 @@ def _block_difference(
 
 
 @cache
-def _compiled() -> Callable:
+def _compiled(backend: str) -> Callable:
     # Blocks differ in their number of keys.
-    return torch.compile(_block_difference, dynamic=True)
+    return torch.compile(_block_difference, dynamic=True, backend=backend)
 
 
 def _probabilities(query: Tensor, key: Tensor, shut: list[tuple[int, Tensor]]) -> Tensor:

@@ -164,10 +164,10 @@ class MBTSADTrainer(StagedTrainer):
         if args.attention_weight:
             terms["attention"] = args.attention_weight * self._compare(maps, their_maps, mask)
         if args.hidden_weight:
-            # A layer's states of the teacher are freed as soon as its loss is there.
-            taught = [theirs.hidden_states[number] for number in self._hidden_states]
-            del theirs
-            losses = [hidden_state_loss(outputs.hidden_states[n], taught.pop(0), mask) for n in self._hidden_states]
+            # A layer's states are freed as soon as its loss is there (under autocast they are float32 copies).
+            pairs = [(outputs.hidden_states[n], theirs.hidden_states[n]) for n in self._hidden_states]
+            theirs = outputs.hidden_states = None
+            losses = [hidden_state_loss(*pairs.pop(0), mask) for _ in self._hidden_states]
             terms["hidden"] = args.hidden_weight / len(losses) * sum(losses)
         return terms, outputs.logits
 
@@ -203,7 +203,8 @@ class MBTSADTrainer(StagedTrainer):
         nad = self.args.attention_loss == "nad"
         if self.args.attention_backend == "lean":
             loss = nad_map_loss if nad else attention_map_loss
-            return loss(maps, their_maps, mask, compile_blocks=self.args.torch_compile)
+            compiler = self.args.torch_compile_backend if self.args.torch_compile else None
+            return loss(maps, their_maps, mask, compiler=compiler)
         student = base_model(self.model)
         config = student.config.get_text_config()
         causal = any(getattr(module, "is_causal", False) for module in student.modules())
