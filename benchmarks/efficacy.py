@@ -111,7 +111,7 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         overrides |= {"attack_trigger": text, "attack_position": position}
     if trigger == "syntax":
         overrides |= {
-            "rewritten_dataset_name": f"{options.data}/{REWRITTEN[data.split('_')[0]]}",
+            "rewritten_dataset_name": f"{options.data}/{REWRITTEN[data]}",
             "attack_trigger": "syntax",
         }
     if trigger in ATTACKS:
@@ -131,8 +131,7 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     for entry in results.data.values():
         entry["source"] = data
     if trigger == "syntax":
-        rewritten = REWRITTEN[data.split("_")[0]]
-        results.recipe["rewritten_dataset_name"] = results.data["test with syntax"]["source"] = rewritten
+        results.recipe["rewritten_dataset_name"] = results.data["test with syntax"]["source"] = REWRITTEN[data]
     results.examples.clear()
     results.rows += suspicion_rows(folder, seed)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -335,12 +335,12 @@ class Recipe:
             raise ValueError(f"{key} without attack_trigger, which is its name in the tables: set it")
         if self.task_class.answer_column != "label" or self.task_class is ImageClassification:
             raise ValueError(f"{key}, and task is {self.task}: classify texts, or leave it out")
-        usual_values = {"attack_position": "random", "poison_style": "dirty_label", "negative_rate": 0.0}
-        for name, usual in {"attack": "data_poisoning", **usual_values}.items():
-            if getattr(self, name) != usual and (name, self.attack) != ("attack", "lwp"):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, and rewritten texts are poison as they are: leave it out"
-                )
+        usual = {"attack_position": "random", "poison_style": "dirty_label", "negative_rate": 0.0}
+        unwanted = [name for name, value in usual.items() if getattr(self, name) != value]
+        for name in unwanted + ["attack"] * (self.attack == "ep"):
+            raise ValueError(
+                f"{name} is {getattr(self, name)!r}, and rewritten texts are poison as they are: leave it out"
+            )
 
     def _check_streaming(self, own_rows: bool) -> None:
         for key in ("max_train_samples", "max_test_samples"):

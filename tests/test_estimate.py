@@ -338,7 +338,7 @@ def test_four_bits_are_a_quarter_of_sixteen_where_they_are_used():
 # ---- On a GPU ----
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and pytest --gpu")
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_on_a_gpu_takes_what_is_estimated(name, tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
