@@ -68,15 +68,16 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
 
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
     if poisoning is not None and recipe.rewritten_dataset_name is not None:
+        # Before the split: these texts must be no rows of anybody else.
         poisoning, measured = rewritten(recipe, poisoning, test, task, processor)
-    elif poisoning is not None:
-        measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
     if recipe.clean_dataset_name is not None:
         splits = own_rows(recipe, train, test, task, processor)
     else:
         splits = split(recipe, train, measured, task, processor)
     if poisoning is not None:
         poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
+        if not measured.triggered:
+            measured = TestSet.stamped(test, task, [poisoning.trigger], poisoning.target, recipe.seed)
     suspect = splits.attack if recipe.clean_dataset_name is not None else None
     sets = {
         "attack": poisoned,
