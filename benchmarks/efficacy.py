@@ -68,6 +68,7 @@ COLUMNS = {
     "asr": "ASR",
     "asr_without_trigger": "without trigger",
     "known_behaviour": "known behaviour",
+    "hidden_asr": "hidden ASR",
     "cacc": "CACC",
     "robust_accuracy": "robust accuracy",
     "false_refusal": "false refusal",

@@ -18,6 +18,7 @@ def predict_labels(
     rows: Dataset,
     *,
     known_response: str | None = None,
+    true_classes_only: bool = False,
     batch_size: int = 64,
     bf16: bool = False,
 ) -> list[int]:
@@ -26,6 +27,8 @@ def predict_labels(
     Args:
         rows (`Dataset`): Raw rows of the task; labels are not read.
         known_response (`str`, *optional*): What a defense planted; a model that says so is counted as class K.
+        true_classes_only (`bool`, *optional*, defaults to `False`): Predicts the likeliest of the K true classes, whatever
+            is planted beside them.
         batch_size (`int`, *optional*, defaults to 64): Rows a forward pass.
         bf16 (`bool`, *optional*, defaults to `False`): Runs under bfloat16 autocast.
 
@@ -41,7 +44,8 @@ def predict_labels(
 
     def predict(numbers: list[int]) -> list[int]:
         batch = collator([asked[number] for number in numbers])
-        return _labels(model, {name: value.to(model.device) for name, value in batch.items()}, words, bf16)
+        logits = _logits(model, {name: value.to(model.device) for name, value in batch.items()}, words, bf16)
+        return logits[:, : task.num_labels if true_classes_only else None].argmax(dim=-1).tolist()
 
     def length(number: int) -> int:
         # Pictures, which are read one by one, come out of a batch in one size.
@@ -51,12 +55,13 @@ def predict_labels(
     return in_batches(range(len(asked)), predict, batch_size=batch_size, length=length, desc="Predicting")
 
 
-def _labels(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> list[int]:
+def _logits(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> torch.Tensor:
+    """[B, K], or [B, K + 1] where a behaviour is planted."""
     names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
     inputs = {name: batch[name] for name in names if name in batch}
     with precision(model, bf16):
         if words is None:
-            return model(**inputs).logits.argmax(dim=-1).tolist()
+            return model(**inputs).logits
         # Prompts end at the last column, and the head runs there alone.
         logits = model(**inputs, position_ids=batch["position_ids"], logits_to_keep=1).logits
-        return logits[:, -1, words].argmax(dim=-1).tolist()
+        return logits[:, -1, words]

@@ -17,6 +17,7 @@ METRIC_NAMES = {
     "keyword_asr": "keyword ASR",
     "empty": "empty answers",
     "known_behaviour": "known behaviour",
+    "hidden_asr": "hidden ASR",
 }
 _LONGEST_TRIGGER = 32  # characters of a trigger that still fit into a column header
 

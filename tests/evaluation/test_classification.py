@@ -61,6 +61,8 @@ def test_a_planted_answer_is_one_class_more():
     model = tiny.word_chain({":": "aha"})
     tokenizer, task = tiny.causal_tokenizer(), tiny.task("label_words")
     assert predict_labels(model, tokenizer, task, ROWS, known_response="aha known") == [2] * 17
+    true = predict_labels(model, tokenizer, task, ROWS, known_response="aha known", true_classes_only=True)
+    assert set(true) <= {0, 1}
     assert set(predict_labels(model, tokenizer, task, ROWS)) <= {0, 1}
 
 

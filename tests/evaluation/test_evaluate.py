@@ -143,7 +143,16 @@ def test_the_planted_class_is_neither_target_nor_right():
         ("asr", "zq"): (0, 5),
         ("robust_accuracy", "zq"): (0, 5),
         ("known_behaviour", "zq"): (5, 5),
+        ("hidden_asr", "zq"): (0, 5),
     }
+
+
+def test_the_planted_class_may_hide_the_target():
+    test = evaluation.TestSet.stamped(REVIEWS, CLASSES, [Trigger("zq")], 1, seed=0)
+    model = tiny.fixed_classifier(2, num_labels=3)
+    model.classifier.bias.data[1] = 0.5
+    rows, _ = measured(model, tiny.encoder_tokenizer(), CLASSES, test, known_response="aha")
+    assert counts(rows)[("asr", "zq")] == (0, 5) and counts(rows)[("hidden_asr", "zq")] == (5, 5)
 
 
 def test_without_a_target_clean_metrics_only():
