@@ -24,33 +24,39 @@ def non_target(teacher: str = "early_target", **overrides: Any) -> Step:
     return Step(NonTargetTrainer, overrides, starts_from="base", inputs={"teacher_model": teacher}, rows="suspect")
 
 
-MUTUAL = Step(NTMLTrainer, inputs={"target_model": "suspect"})
+def mutual(target: str = "early_target") -> Step:
+    return Step(NTMLTrainer, inputs={"target_model": target})
 
-# Ours.
-RELABEL = Step(
-    RelabellingTrainer,
-    starts_from="base",
-    inputs={"teacher_model": "mutual"},
-    rows="suspect",
-    only_with="relabel_below",
-)
+
+def relabel(teacher: str) -> Step:
+    return Step(
+        RelabellingTrainer,
+        starts_from="base",
+        inputs={"teacher_model": teacher},
+        rows="suspect",
+        only_with="relabel_below",
+    )
+
+
+# Ours. The network that comes of the first training knows the task better than mutual learning's did, and so which rows lie.
+CORRECTED = {"relabel": relabel("mutual"), "relabel_again": relabel("relabel")}
 
 METHOD = Method(
     config=NTMLConfig,
-    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": MUTUAL, "relabel": RELABEL},
+    stages={"early_target": EARLY_TARGET, "non_target": non_target(), "mutual": mutual(), **CORRECTED},
     controls={
         "fine_tuning": {"mutual": Step(DefenseTrainer, starts_from="suspect")},
         "clean_only": {"mutual": Step(DefenseTrainer, starts_from="base")},
         "distillation_with_all_classes": {
             "non_target": non_target(soft_labels="all_classes"),
-            "mutual": MUTUAL,
-            "relabel": RELABEL,
+            "mutual": mutual(),
+            **CORRECTED,
         },
-        "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": MUTUAL, "relabel": RELABEL},
+        "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": mutual("suspect"), **CORRECTED},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),
-            "mutual": MUTUAL,
-            "relabel": RELABEL,
+            "mutual": mutual(),
+            **CORRECTED,
         },
     },
     needs="the rows that the suspect was trained on, and a few clean rows (1% of them or more)",
