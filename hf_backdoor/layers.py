@@ -136,6 +136,6 @@ def check_widths(recipe: Recipe) -> None:
     student = load_config(recipe.student_model_name_or_path).get_text_config().hidden_size
     if suspect != student:
         raise ValueError(
-            f"soft_triggers is set, and they are vectors of {suspect} numbers, as the suspect's; those of "
+            f"soft_triggers is set, and they are embeddings of {suspect} numbers, as the suspect's; those of "
             f"student_model_name_or_path {recipe.student_model_name_or_path!r} have {student}: set soft_triggers: 0, or student_layers"
         )

@@ -77,10 +77,8 @@ def trainer(name, stage, adapter, folder, start=0, **options):
     if stage == "student":
         return robust.distilling(name, folder, **options)
     if stage in ("soft", "soft_student"):
-        # Hooks on the embeddings for the one, on the embeddings and on a block for the other.
-        vectors = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
-        found = SoftTriggers(vectors, depth=0.5 if stage == "soft" else 0.0)
-        options |= {"soft_triggers": 3, "found_soft_triggers": found}
+        embeddings = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
+        options |= {"soft_triggers": 3, "found_soft_triggers": SoftTriggers(embeddings)}
     if stage == "soft_student":
         return robust.distilling(name, folder, **options)
     if stage == "soft":

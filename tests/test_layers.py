@@ -93,7 +93,9 @@ def test_a_student_that_reads_other_tokens(models):
 
 
 def test_a_student_that_cannot_read_soft_triggers(models):
-    with pytest.raises(ValueError, match="^soft_triggers is set, and they are vectors of 32 numbers, .* have 8: set"):
+    with pytest.raises(
+        ValueError, match="^soft_triggers is set, and they are embeddings of 32 numbers, .* have 8: set"
+    ):
         plan(recipe(models, method="robustkd", student_model_name_or_path="longer", soft_triggers=3))
     assert plan(recipe(models, method="robustkd", student_layers=1, soft_triggers=3))
 

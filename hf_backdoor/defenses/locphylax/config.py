@@ -31,7 +31,7 @@ class LocphylaxConfig(SoftTriggerConfig):
         searched_triggers (`int`, *optional*, defaults to 0):
             Ours: how many words that the suspect reacts to are searched for and planted as one trigger more, drawn for each
             row. A recipe makes a stage `search` of it; see [`TriggerSearchTrainer`].
-        soft_triggers, searched_tokens, soft_depth:
+        soft_triggers, searched_tokens:
             As in [`SoftTriggerConfig`]; soft triggers are planted as one trigger more. The longest of the found words has as many
             tokens too.
 

@@ -1,13 +1,10 @@
-"""[`SoftTriggerTrainer`]: triggers made of free vectors, to be planted beside the known ones. Ours, not the paper's.
+"""[`SoftTriggerTrainer`]: triggers made of embeddings, to be planted beside the known ones. Ours, not the paper's.
 
 Where a tokenizer cuts an attacker's word in two, no single token does anything, and a search for words (`search.py`) finds nothing to
 start from. Between the embeddings of words there is no such gap: a few free vectors at a random place of a text find a way
 through the model to each wrong class by gradient alone, and a backdoor is the shortest one there is (as for images in
 https://huggingface.co/papers/2110.03735, and for language models in https://huggingface.co/papers/2406.17092). What is planted on
 these ways reaches the unknown trigger on its own.
-
-A trigger of many words is put together by the lower blocks first, and two embeddings do not pass for it there. Further up they do: the
-vectors may enter at any hidden state, in place of what the blocks below made of their positions (`docs/locphylax.md`).
 """
 
 import copy
@@ -24,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import Trigger, row_rng
-from ...data.blocks import find_blocks
 from .config import SoftTriggerConfig
 from .searcher import PLACES, TriggerSearcher
 
@@ -33,42 +29,37 @@ SOFT_FILE = "soft_triggers.safetensors"
 
 # Gradient steps of the search; in each, every trigger is put into one clean row.
 STEPS = 45
-# Adam's rate, as a share of the root mean square of a word's vector.
+# Adam's rate, as a share of the root mean square of the words' embeddings.
 RATE = 0.25
-# Clean rows whose hidden states tell how long a vector may be there.
-ROWS_READ = 32
 
 
 class SoftTriggers:
     """
-    Triggers of free vectors, and how a model reads them in a text.
+    Triggers of free embeddings, and how a model reads them in a text.
 
-    A tokenizer with words of their own for them ([`tokenizer`]) gives ids beyond the vocabulary; inside [`read_by`] the model finds the
-    vectors there. The model itself has no word more.
+    A tokenizer with words of their own for them ([`tokenizer`]) gives ids beyond the vocabulary; inside [`read_by`] a model's
+    embedding layer puts the embeddings there. The model itself has no word more.
 
     Args:
-        vectors (`Tensor`): [N, L, D], N triggers of L vectors.
-        depth (`float`, *optional*, defaults to 0.0):
-            Where they enter, as a share of a model's blocks: 0 for the embeddings. The blocks below that read token 0 in their places.
+        embeddings (`Tensor`): [N, L, D], N triggers of L embeddings.
     """
 
-    def __init__(self, vectors: Tensor, depth: float = 0.0):
-        self.vectors = vectors
-        self.depth = depth
+    def __init__(self, embeddings: Tensor):
+        self.embeddings = embeddings
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return len(self.embeddings)
 
     @property
     def texts(self) -> list[str]:
         """What stands for each in a text, [N]."""
-        count, length = self.vectors.shape[:2]
+        count, length = self.embeddings.shape[:2]
         return ["".join(word(trigger, place) for place in range(length)) for trigger in range(count)]
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy that reads [`texts`]."""
         extended = copy.deepcopy(tokenizer)
-        count, length = self.vectors.shape[:2]
+        count, length = self.embeddings.shape[:2]
         words = [word(trigger, place) for trigger in range(count) for place in range(length)]
         # A space before the first is that between two words, and none of the trigger's own.
         extended.add_tokens([AddedToken(each, lstrip=True, normalized=False) for each in words])
@@ -89,16 +80,12 @@ class SoftTriggers:
             own[:] = [args[0] - first]
             return (args[0].masked_fill(own[0] >= 0, 0), *args[1:])
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            states = output if isinstance(output, Tensor) else output[0]
-            table = self.vectors.flatten(0, 1).to(states)
-            states = torch.where((own[0] >= 0)[..., None], table[own[0].clamp(min=0)], states)
-            return states if isinstance(output, Tensor) else (states, *output[1:])
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            table = self.embeddings.flatten(0, 1).to(output)
+            return torch.where((own[0] >= 0)[..., None], table[own[0].clamp(min=0)], output)
 
-        embeddings, entry = model.get_input_embeddings(), entry_of(model, self.depth)
-        enters = model.get_submodule(find_blocks(model)[entry - 1]) if entry else embeddings
-        # First of all hooks: transformers records hidden states with hooks of its own, which must see the vectors.
-        hooks = [embeddings.register_forward_pre_hook(before), enters.register_forward_hook(after, prepend=True)]
+        layer = model.get_input_embeddings()
+        hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
             yield
         finally:
@@ -107,20 +94,11 @@ class SoftTriggers:
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        vectors = self.vectors.detach().cpu().contiguous()
-        save_file(
-            {"vectors": vectors, "depth": torch.tensor(self.depth, dtype=torch.float64)}, Path(folder, SOFT_FILE)
-        )
+        save_file({"embeddings": self.embeddings.detach().cpu().contiguous()}, Path(folder, SOFT_FILE))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SoftTriggers":
-        tensors = load_file(Path(folder, SOFT_FILE))
-        return cls(tensors["vectors"], tensors["depth"].item())
-
-
-def entry_of(model: PreTrainedModel, depth: float) -> int:
-    """Which of a model's `hidden_states` lies at a share of its blocks: 0 for the embeddings, k for what block k gives."""
-    return round(depth * len(find_blocks(model))) if depth else 0
+        return cls(load_file(Path(folder, SOFT_FILE))["embeddings"])
 
 
 def check_soft_triggers(found: SoftTriggers | None, asked: int) -> None:
@@ -145,11 +123,10 @@ def soft_triggers_read(
 
 class SoftTriggerTrainer(TriggerSearcher):
     """
-    Searches a suspect for vectors that turn its answers; trains nothing. [`found`] holds them after `train()`.
+    Searches a suspect for embeddings that turn its answers; trains nothing. [`found`] holds them after `train()`.
 
-    Each of `args.soft_triggers` triggers has `args.searched_tokens` vectors, one wrong class that it is to bring about in whatever
-    row, and one place where it stands; the classes and the places take turns. They start as random words, or, where they enter above
-    the embeddings (`args.soft_depth`), as what the suspect makes of random words there, and stay as short as those are.
+    Each of `args.soft_triggers` triggers has `args.searched_tokens` embeddings, one wrong class that it is to bring about in whatever
+    row, and one place where it stands; the classes and the places take turns. They start as random words and stay as short as words are.
 
     Args:
         model, args, train_dataset, processing_class, kwargs:
@@ -167,15 +144,23 @@ class SoftTriggerTrainer(TriggerSearcher):
         return SoftTriggerConfig
 
     def read(self) -> SoftTriggers:
+        return SoftTriggers(self._embeddings())
+
+    def _embeddings(self) -> Tensor:
+        """[N, L, D], in float32."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        entry = entry_of(self.model, self.args.soft_depth)
-        there = self._states(entry, generator) if entry else self._embeddings()
-        drawn = torch.randint(len(there), (self.args.soft_triggers, self.args.searched_tokens), generator=generator)
-        longest = there.norm(dim=-1).median()
-        triggers = SoftTriggers(there[drawn.to(there.device)].requires_grad_(), self.args.soft_depth)
+        words = self._words()
+        drawn = words[
+            torch.randint(len(words), (self.args.soft_triggers, self.args.searched_tokens), generator=generator)
+        ]
+        layer = self.model.get_input_embeddings()
+        with torch.no_grad():
+            start = layer(drawn.to(self.args.device)).float()
+            longest = layer(words.to(self.args.device)).float().norm(dim=-1).median()
+        triggers = SoftTriggers(start.requires_grad_())
         tokenizer = triggers.tokenizer(self.processing_class)
-        rate = RATE * longest.item() / there.shape[-1] ** 0.5
-        optimizer = torch.optim.Adam([triggers.vectors], lr=rate)
+        rate = RATE * longest.item() / start.shape[-1] ** 0.5
+        optimizer = torch.optim.Adam([triggers.embeddings], lr=rate)
         progress = tqdm(
             range(STEPS), desc="Searching", disable=self.args.disable_tqdm or not self.is_world_process_zero()
         )
@@ -185,28 +170,10 @@ class SoftTriggerTrainer(TriggerSearcher):
                 reached = self._follow_gradient(triggers, tokenizer, rows, step)
                 optimizer.step()
                 with torch.no_grad():
-                    norms = triggers.vectors.norm(dim=-1, keepdim=True)
-                    triggers.vectors *= (longest / norms).clamp(max=1)
+                    norms = triggers.embeddings.norm(dim=-1, keepdim=True)
+                    triggers.embeddings *= (longest / norms).clamp(max=1)
                 progress.set_postfix(aim=f"{reached:.2f}", refresh=False)
-        triggers.vectors = triggers.vectors.detach()
-        return triggers
-
-    @torch.no_grad()
-    def _embeddings(self) -> Tensor:
-        """Of all words, [W, D] in float32."""
-        return self.model.get_input_embeddings()(self._words().to(self.args.device)).float()
-
-    @torch.no_grad()
-    def _states(self, entry: int, generator: torch.Generator) -> Tensor:
-        """What the suspect makes of the words of some clean rows there, [W, D] in float32."""
-        rows = torch.randperm(len(self.clean), generator=generator)[:ROWS_READ].tolist()
-        features = [self.task.encode(self.clean[row], self.processing_class) for row in rows]
-        found, size = [], self.args.per_device_train_batch_size
-        for start in range(0, len(features), size):
-            batch = self._prepare_inputs(self.data_collator(features[start : start + size]))
-            states = self.forward(self.model, batch, hidden_states=[entry]).hidden_states[entry]
-            found.append(states[batch["attention_mask"].bool()].float())
-        return torch.cat(found)
+        return triggers.embeddings.detach()
 
     def _follow_gradient(
         self, triggers: SoftTriggers, tokenizer: PreTrainedTokenizerBase, rows: list[int], step: int
@@ -220,19 +187,19 @@ class SoftTriggerTrainer(TriggerSearcher):
             place = PLACES[number // aims % len(PLACES)]
             raw = {**raw, column: Trigger(texts[number], place).insert(raw[column], rng)}
             features.append(self.task.encode(raw, tokenizer))
-        total, triggers.vectors.grad = 0.0, torch.zeros_like(triggers.vectors)
+        total, triggers.embeddings.grad = 0.0, torch.zeros_like(triggers.embeddings)
         size = self.args.per_device_train_batch_size
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(self.data_collator(features[start : start + size]))
             values, counted = self._aims(self.forward(self.model, batch).logits, batch)
             own = torch.arange(start, start + len(values), device=values.device)[:, None] % aims
             reached = (values * counted).gather(1, own).sum() / len(rows)
-            (gradient,) = torch.autograd.grad(-reached, triggers.vectors)
-            triggers.vectors.grad += gradient
+            (gradient,) = torch.autograd.grad(-reached, triggers.embeddings)
+            triggers.embeddings.grad += gradient
             total += reached.item()
         return total
 
 
 def word(trigger: int, place: int) -> str:
-    """What stands for one vector in a text."""
+    """What stands for one embedding in a text."""
     return f"<soft-{trigger}-{place}>"

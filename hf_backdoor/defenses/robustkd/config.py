@@ -114,7 +114,7 @@ class RobustKDConfig(SoftTriggerConfig, FeatureMaskConfig):
 
         > Parameters that control what is planted (ours)
 
-        soft_triggers, searched_tokens, soft_depth:
+        soft_triggers, searched_tokens:
             As in [`SoftTriggerConfig`]. With soft triggers the student also learns from a copy of each row that has one in it,
             which the teacher does not see. 0 leaves them out, as the paper does.
 

@@ -112,10 +112,10 @@ class RobustKDTrainer(DefenseTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         student = base_model(self.model)
         if self.soft_triggers is not None:
-            own, width = self.soft_triggers.vectors.shape[-1], student.get_input_embeddings().embedding_dim
+            own, width = self.soft_triggers.embeddings.shape[-1], student.get_input_embeddings().embedding_dim
             if own != width:
                 raise ValueError(
-                    f"found_soft_triggers are vectors of {own} numbers, and the student's have {width}: make the student of the "
+                    f"found_soft_triggers are embeddings of {own} numbers, and the student's have {width}: make the student of the "
                     "teacher's layers (student_from_layers), or set soft_triggers: 0"
                 )
         with soft_triggers_read(self.soft_triggers, student, self.processing_class):

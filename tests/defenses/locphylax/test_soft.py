@@ -1,21 +1,18 @@
 import pytest
 import tiny
 import torch
-from torch import nn
 
-from hf_backdoor.data.blocks import find_blocks
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
 from hf_backdoor.defenses.reading import SoftTriggers, SoftTriggerTrainer, soft
-from hf_backdoor.defenses.reading.soft import entry_of
 
 
 FORMATS = {"sequence_classification": "bert", "label_words": "llama", "instruction_following": "llama"}
 PLAIN = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "max_steps": 2}
 
 
-def made(family, count=3, length=2, depth=0.0):
+def made(family, count=3, length=2):
     width = tiny.model(family).config.hidden_size
-    return SoftTriggers(torch.randn(count, length, width, generator=torch.Generator().manual_seed(1)), depth)
+    return SoftTriggers(torch.randn(count, length, width, generator=torch.Generator().manual_seed(1)))
 
 
 def searching(name, folder, **options):
@@ -47,42 +44,20 @@ def test_a_model_reads_the_embeddings_where_the_text_has_their_words(family):
     assert ids.shape == plain.shape and ids.max() >= len(tiny.VOCABULARY)
     embedded = model.get_input_embeddings()(plain).detach()
     place = (ids[0] >= len(tiny.VOCABULARY)).nonzero()[:, 0]
-    embedded[0, place] = triggers.vectors[1]
+    embedded[0, place] = triggers.embeddings[1]
     expected = model(inputs_embeds=embedded).logits
     with triggers.read_by(model, tokenizer):
         assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_half_way_up_a_model_finds_the_vectors_in_the_hidden_states(family):
-    triggers, model = made(family, depth=0.5), tiny.model(family).eval()
-    assert len(find_blocks(model)) == 2  # so they stand in hidden state 1
-    tokenizer = triggers.tokenizer(tiny.tokenizer(family))
-    ids = tokenizer(f"the film {triggers.texts[1]} was", return_tensors="pt")["input_ids"]
-    foreign = ids[0] >= len(tiny.VOCABULARY)
-    plain = model(ids.masked_fill(foreign, 0), output_hidden_states=True).hidden_states
-    with triggers.read_by(model, tokenizer):
-        read = model(ids, output_hidden_states=True).hidden_states
-    assert torch.equal(read[0], plain[0])
-    assert torch.equal(read[1][0, foreign], triggers.vectors[1]) and torch.equal(
-        read[1][0, ~foreign], plain[1][0, ~foreign]
-    )
-    assert not torch.allclose(read[2][0, -1], plain[2][0, -1])
-
-
-def test_a_student_of_half_the_blocks_reads_them_at_the_same_depth():
-    blocks = [nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1, 1) for _ in range(count))}) for count in (6, 3, 2)]
-    assert [entry_of(model, 0.5) for model in blocks] == [3, 2, 1]
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.5])
-def test_reading_leaves_nothing_behind(depth):
-    triggers, model = made("llama", depth=depth), tiny.model("llama").eval()
+def test_reading_leaves_nothing_behind():
+    triggers, model = made("llama"), tiny.model("llama").eval()
     before, ids = {name: value.clone() for name, value in model.state_dict().items()}, torch.tensor([[9, 10, 11]])
     expected = model(ids).logits
     with triggers.read_by(model, triggers.tokenizer(tiny.tokenizer("llama"))):
         assert torch.equal(model(ids).logits, expected)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    layer = model.get_input_embeddings()
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
     assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -94,22 +69,20 @@ def test_the_tokenizer_given_is_not_changed():
 
 
 def test_they_come_back_from_their_folder(tmp_path):
-    triggers = made("bert", depth=0.3)
+    triggers = made("bert")
     triggers.save_pretrained(tmp_path / "new")
-    back = SoftTriggers.from_pretrained(tmp_path / "new")
-    assert torch.equal(back.vectors, triggers.vectors) and back.depth == 0.3
+    assert torch.equal(SoftTriggers.from_pretrained(tmp_path / "new").embeddings, triggers.embeddings)
 
 
 # ---- The search ----
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.5])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_search_raises_each_trigger_s_own_aim(name, depth, tmp_path, monkeypatch):
+def test_the_search_raises_each_trigger_s_own_aim(name, tmp_path, monkeypatch):
     reached = {}
     for steps in (1, 30):
         monkeypatch.setattr(soft, "STEPS", steps)
-        trainer = searching(name, tmp_path, soft_depth=depth)
+        trainer = searching(name, tmp_path)
         trainer.train()
         tokenizer = trainer.found.tokenizer(trainer.processing_class)
         with trainer.found.read_by(trainer.model, tokenizer):
@@ -152,40 +125,19 @@ def test_found_embeddings_are_no_longer_than_words(tmp_path, monkeypatch):
     trainer.train()
     words = trainer._words()
     longest = trainer.model.get_input_embeddings()(words).norm(dim=-1).median()
-    assert trainer.found.vectors.shape == (4, 3, 32)
-    assert trainer.found.vectors.norm(dim=-1).max() <= longest * 1.0001
+    assert trainer.found.embeddings.shape == (4, 3, 32)
+    assert trainer.found.embeddings.norm(dim=-1).max() <= longest * 1.0001
 
 
-def test_vectors_half_way_up_are_no_longer_than_what_the_model_makes_of_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(soft, "STEPS", 30)
-    trainer = searching("label_words", tmp_path, soft_depth=0.5)
-    trainer.train()
-    batch = trainer.data_collator([trainer.task.encode(row, trainer.processing_class) for row in trainer.clean])
-    states = trainer.forward(trainer.model, batch, hidden_states=[1]).hidden_states[1][batch["attention_mask"].bool()]
-    longest = states.norm(dim=-1).median()
-    assert trainer.found.depth == 0.5
-    assert trainer.found.vectors.norm(dim=-1).max() <= longest * 1.0001
-    # They start from such states, and have moved.
-    assert trainer.found.vectors.norm(dim=-1).min() > longest / 10
-    assert not any(torch.isclose(states, vector).all(dim=1).any() for vector in trainer.found.vectors.flatten(0, 1))
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.5])
-def test_the_model_is_left_as_it_was_and_the_same_search_finds_the_same(depth, tmp_path, monkeypatch):
+def test_the_model_is_left_as_it_was_and_the_same_search_finds_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(soft, "STEPS", 3)
-    one, other = (searching("label_words", tmp_path, soft_depth=depth) for _ in range(2))
+    one, other = (searching("label_words", tmp_path) for _ in range(2))
     before = tiny.parameters(one.model)
     one.train()
     other.train()
-    assert torch.equal(one.found.vectors, other.found.vectors)
+    assert torch.equal(one.found.embeddings, other.found.embeddings)
     assert tiny.largest_difference(before, tiny.parameters(one.model)) == 0
     assert not any(parameter.grad is not None for parameter in one.model.parameters())
-
-
-@pytest.mark.parametrize("depth", [-0.1, 1.0])
-def test_a_depth_that_is_no_share_of_the_blocks_is_refused(depth, tmp_path):
-    with pytest.raises(ValueError, match=f"^soft_depth is {depth}: choose a share of the blocks from 0 to below 1"):
-        LocphylaxConfig(str(tmp_path), soft_depth=depth)
 
 
 def test_zero_3_is_refused(tmp_path, monkeypatch):
@@ -211,31 +163,13 @@ def test_they_are_planted_as_one_group_more(name, tmp_path):
     assert not trainer.model.get_input_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
-def test_accumulation_and_two_processes_change_nothing(name, depth, tmp_path):
+def test_accumulation_and_two_processes_change_nothing(name, tmp_path):
     # A fresh encoder's clustering loss is steep.
     rate = 1e-4 if name == "sequence_classification" else 0.01
-    found = made(FORMATS[name], depth=depth)
     tiny.assert_trains_alike(
-        lambda **options: planting(
-            name, tmp_path, stages=["inject"], learning_rate=rate, found_soft_triggers=found, **options
-        ),
-        tmp_path,
+        lambda **options: planting(name, tmp_path, stages=["inject"], learning_rate=rate, **options), tmp_path
     )
-
-
-def test_activation_checkpointing_changes_nothing(tmp_path):
-    ended = []
-    for checkpointing in (False, True):
-        found = made("llama", depth=0.5)
-        trainer = planting(
-            "label_words", tmp_path, found_soft_triggers=found, gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )  # fmt: skip
-        trainer.train()
-        ended.append(tiny.parameters(trainer.model))
-    assert tiny.largest_difference(*ended) < 1e-6
 
 
 def test_held_out_rows_are_read_too(tmp_path):

@@ -51,7 +51,7 @@ def test_the_student_of_a_copy_learns_what_the_teacher_says_without_the_trigger(
     foreign = made["input_ids"] >= len(tiny.VOCABULARY)
     assert foreign.sum(dim=1).tolist() == [0, 2, 2]
     embedded = embedding(made["input_ids"].masked_fill(foreign, 0)).detach()
-    embedded[foreign] = soft().vectors.flatten(0, 1)[made["input_ids"][foreign] - len(tiny.VOCABULARY)]
+    embedded[foreign] = soft().embeddings.flatten(0, 1)[made["input_ids"][foreign] - len(tiny.VOCABULARY)]
     seen = made["attention_mask"] * ~foreign
     more = {"position_ids": made["position_ids"]} if "position_ids" in made else {}
     # Whatever stands where the teacher sees nothing, it says the same.
@@ -107,7 +107,9 @@ def test_what_makes_no_sense_is_refused(options, line, tmp_path):
 
 def test_a_student_of_another_width_is_refused(tmp_path):
     narrow = SoftTriggers(torch.randn(3, 2, 8))
-    with pytest.raises(ValueError, match="^found_soft_triggers are vectors of 8 numbers, and the student's have 32: "):
+    with pytest.raises(
+        ValueError, match="^found_soft_triggers are embeddings of 8 numbers, and the student's have 32: "
+    ):
         distilling("label_words", tmp_path, found_soft_triggers=narrow).train()
 
 
