@@ -17,7 +17,7 @@ from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer, s
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLEAN_FRACTIONS = (0.01, 0.05)
 # NT-ML's last stages: one network goes over the rows, and one is trained plainly on them.
-CORRECTIONS = (("second_look", "relabel"), ("third_look", "relabel_again"))
+CORRECTIONS = {"second_look": "relabel", "third_look": "relabel_again"}
 
 
 def prepared(trainer: type[DefenseTrainer], kind: str, **options: Any) -> DefenseTrainer:
@@ -63,8 +63,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     costs["non_target"] = step_seconds(second)
     mutual = prepared(NTMLTrainer, kind, model=second.model, train_dataset=rows, target_model=plain.model, **options)
     costs["mutual"] = step_seconds(mutual)
-    # One network goes over the rows, and one is trained plainly.
-    for look, training in CORRECTIONS:
+    for look, training in CORRECTIONS.items():
         costs |= {look: costs["soft_labels"], training: costs["target"]}
     made = []
     for fraction in CLEAN_FRACTIONS:
@@ -74,7 +73,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
             "non_target": stages["non_target"]["num_train_epochs"],
             "mutual": stages["mutual"]["num_train_epochs"] * fraction,
         }
-        for look, training in CORRECTIONS:
+        for look, training in CORRECTIONS.items():
             passes |= {look: 1, training: stages[training]["num_train_epochs"]}
         seconds = {name: passes[name] * count / batch * costs[name] for name in passes}
         trained = stages["suspect"]["num_train_epochs"] * count / batch * costs["target"]
@@ -87,7 +86,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
                 "clean_fraction": fraction,
                 "epochs": {
                     name: stages[name]["num_train_epochs"]
-                    for name in ("suspect", "early_target", "non_target", "mutual", *dict(CORRECTIONS).values())
+                    for name in ("suspect", "early_target", "non_target", "mutual", *CORRECTIONS.values())
                 },
                 "time_ratio": round(sum(seconds.values()) / trained, 3),
                 "seconds_of_a_batch": {name: round(cost, 4) for name, cost in costs.items()},

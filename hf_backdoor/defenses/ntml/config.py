@@ -59,8 +59,8 @@ class NTMLConfig(DefenseConfig):
         relabel_below (`float`, *optional*, defaults to 0.0):
             After mutual learning, a fresh network is trained on the suspect rows. The product of mutual learning denies given
             labels that it holds for less likely than this: in the class whose labels are denied much more often than others' they
-            are corrected, elsewhere their rows are left out; see [`RelabellingTrainer`]. 0 leaves this stage out: the product is
-            the result then, as in the paper.
+            are corrected, elsewhere their rows are left out; see [`RelabellingTrainer`]. A second one is trained likewise, by what
+            the first denies. 0 leaves both stages out: the product is the result then, as in the paper.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})
@@ -85,7 +85,7 @@ class NTMLConfig(DefenseConfig):
     relabel_below: float = field(
         default=0.0,
         metadata={
-            "help": "Probability below which a suspect row's given label is changed for a last training; 0: none."
+            "help": "Probability below which a suspect row's given label is changed for two last trainings; 0: none."
         },
     )
 

@@ -1,7 +1,8 @@
 """[`RelabellingTrainer`]: plain training on the suspect rows once those that lie have another label. Ours, not the paper's.
 
 Mutual learning hears clean rows alone, and there are few of them: its network knows which suspect rows are wrong better than it
-knows the task (`docs/ntml.md`). So it says so, and a fresh network learns the task from all the rows.
+knows the task (`docs/ntml.md`). So it says so, and a fresh network learns the task from all the rows. That one knows the task better, and
+says so in turn: a second fresh network learns from the rows as the first one sees them.
 """
 
 from typing import Any
@@ -38,7 +39,7 @@ class RelabellingTrainer(ClassTrainer):
             As in [`DefenseTrainer`]; `train_dataset` is the suspect rows. The model must not come from the target
             network, or it would bring the backdoor along: start from what the target network was trained from.
         teacher_model (`PreTrainedModel` or `str`):
-            The network that mutual learning ended with.
+            The network that says which rows lie: what mutual learning ended with, or what an earlier training of this kind made.
 
     Raises:
         `ValueError`: if answers are free texts, if there are two classes only, or if rows for a causal LM are tokenized.

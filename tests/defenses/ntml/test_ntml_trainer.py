@@ -296,9 +296,8 @@ def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     assert method.stages["mutual"].inputs == {"target_model": "early_target"}
     assert method.stages["relabel_again"].inputs == {"teacher_model": "relabel"}
     late = method.controls["soft_labels_of_the_suspect"]
-    assert late["non_target"].inputs == {"teacher_model": "suspect"} and late["mutual"].inputs == {
-        "target_model": "suspect"
-    }
+    assert late["non_target"].inputs == {"teacher_model": "suspect"}
+    assert late["mutual"].inputs == {"target_model": "suspect"}
     assert method.stages["non_target"].inputs == {"teacher_model": "early_target"}
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
