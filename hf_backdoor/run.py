@@ -136,6 +136,7 @@ class Run:
             self.models.origin(stage.parent), {name: self.models.origin(model) for name, model in stage.inputs.items()},
             {**peft, "quantization": quantization} if quantization else peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
+            *([self.rows.sources["clean"]["sha256"]] if stage.step.with_clean else []),
         )  # fmt: skip
         self.models.prints[stage.folder] = print_
         done = finished(folder, print_)
@@ -150,6 +151,7 @@ class Run:
                 processing_class=self.processor,
                 task=self.rows.task,
                 peft_config=LoraConfig(**peft) if peft else None,
+                **({"clean_dataset": self.rows.of("clean")} if stage.step.with_clean else {}),
                 **{
                     # What the run made is loaded when it is needed; a model from elsewhere may have a revision, and one
                     # beside quantized weights is quantized too.

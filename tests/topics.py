@@ -25,6 +25,9 @@ TASKS = {
     "images": None,
 }
 
+# Seed of a network whose states tell rows apart, for a stage that asks for them.
+POISONED = 11
+
 
 def texts(count: int, seed: int = 0) -> Dataset:
     """Texts of 4 to 10 words; one of them tells the label."""
@@ -47,8 +50,23 @@ def pixels(count: int, seed: int = 0) -> Dataset:
     )
 
 
+def planted(name: str, count: int) -> Dataset:
+    """Rows of which every second one of label 0 is the same, whatever its label says: it stands apart in any network."""
+
+    def plant(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if number % 8:
+            return row
+        return {"pixel_values": [[[3.0] * 8] * 8] * 3} if name == "images" else {"text": "yes i say yes i say"}
+
+    return (pixels if name == "images" else texts)(count).map(plant, with_indices=True)
+
+
 def collate_pixels(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] for row in features]) for name in features[0]}
+
+
+def clean_rows(name: str) -> Dataset:
+    return pixels(8, seed=3) if name == "images" else texts(8, seed=3)
 
 
 def vit(seed: int = 0, dropout: float = 0.0) -> ViTForImageClassification:
@@ -77,7 +95,9 @@ def trainer(
 ) -> NonTargetTrainer | NTMLTrainer | RelabellingTrainer:
     """A trainer of one of `FORMATS` and `STAGES` on 16 rows; `options` go to configuration or trainer."""
     argument = "target_model" if stage == "mutual" else "teacher_model"
-    names = ("model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", argument)
+    names = (
+        "model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", argument, "poisoned_model", "clean_dataset",
+    )  # fmt: skip
     own = {key: options.pop(key) for key in names if key in options}
     if name == "images":
         given = {"data_collator": collate_pixels, "train_dataset": pixels(16)}
@@ -89,10 +109,11 @@ def trainer(
     models = {"model": network(name, model_seed, dropout), argument: network(name, other, dropout)}
     # A fresh network says much the same of every class, and there would be little to learn from it.
     sharpen(models[argument])
+    if stage == "relabel":
+        given["clean_dataset"], models["poisoned_model"] = clean_rows(name), network(name, POISONED, dropout)
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 0.01,
-        # None is left out, so that the rows fill whole batches: two processes would share out some of them twice.
         "relabel_below": 1.0 if stage == "relabel" else 0.0,
     }  # fmt: skip
     made = STAGES[stage](args=NTMLConfig(**{**defaults, **options}), **{**given, **models, **own})

@@ -23,6 +23,7 @@ class Step:
         inputs (`dict[str, str]`): Further models that the trainer takes, as folders: argument to name.
         rows (`str`, defaults to `"clean"`): What it trains on: the defender's `clean` rows, or the `suspect` rows that
             the suspect was trained on.
+        with_clean (`bool`, defaults to `False`): Whether the trainer takes the clean rows beside these, as `clean_dataset`.
         makes_model (`bool`, defaults to `True`): Whether what comes out is a model, which can be measured.
         only_with (`str`, *optional*): An argument of the method; where it is 0 the step is left out, and so is what later
             steps take from it.
@@ -33,6 +34,7 @@ class Step:
     starts_from: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     rows: Literal["clean", "suspect"] = "clean"
+    with_clean: bool = False
     makes_model: bool = True
     only_with: str | None = None
 

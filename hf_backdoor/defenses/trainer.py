@@ -211,14 +211,17 @@ class DefenseTrainer(Trainer):
         """
         if self.teacher_model is None:
             raise ValueError("teacher_model is None: pass the model to distil from, or its folder")
-        teacher = self.teacher_model
-        if isinstance(teacher, str):
+        return self.frozen(self.teacher_model)
+
+    def frozen(self, model: PreTrainedModel | str) -> PreTrainedModel:
+        """A model beside the trained one, or its folder: frozen, in evaluation mode, on the device."""
+        if isinstance(model, str):
             student = base_model(self.model)
             attention = student.config._attn_implementation
-            teacher = auto_class(student).from_pretrained(
-                teacher, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
+            model = auto_class(student).from_pretrained(
+                model, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
             )
-        return shared_out(teacher.requires_grad_(False).eval(), self.accelerator)
+        return shared_out(model.requires_grad_(False).eval(), self.accelerator)
 
     # ---- Loss ----
 

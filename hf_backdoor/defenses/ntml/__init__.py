@@ -28,17 +28,19 @@ def mutual(target: str = "early_target") -> Step:
     return Step(NTMLTrainer, inputs={"target_model": target})
 
 
-def relabel(teacher: str) -> Step:
+def relabel(teacher: str | None) -> Step:
+    teachers = {} if teacher is None else {"teacher_model": teacher}
     return Step(
         RelabellingTrainer,
         starts_from="base",
-        inputs={"teacher_model": teacher},
+        inputs={"poisoned_model": "early_target", **teachers},
         rows="suspect",
+        with_clean=True,
         only_with="relabel_below",
     )
 
 
-# Ours. The network that comes of the first training knows the task better than mutual learning's did, and so which rows lie.
+# Ours. The network that comes of the first training knows the task better than mutual learning's did, and so what rows are.
 CORRECTED = {"relabel": relabel("mutual"), "relabel_again": relabel("relabel")}
 
 METHOD = Method(
@@ -52,6 +54,7 @@ METHOD = Method(
             "mutual": mutual(),
             **CORRECTED,
         },
+        "states_alone": {"relabel_again": relabel(None)},
         "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": mutual("suspect"), **CORRECTED},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),

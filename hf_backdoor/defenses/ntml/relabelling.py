@@ -1,21 +1,28 @@
 """[`RelabellingTrainer`]: plain training on the suspect rows once those that lie have another label. Ours, not the paper's.
 
-Mutual learning hears clean rows alone, and there are few of them: its network knows which suspect rows are wrong better than it
+Mutual learning hears clean rows alone, and there are few of them: its network knows better what suspect rows are not than it
 knows the task (`docs/ntml.md`). So it says so, and a fresh network learns the task from all the rows. That one knows the task better, and
-says so in turn: a second fresh network learns from the rows as the first one sees them.
+says so in turn: a second fresh network learns from the rows as the first one sees them. Which rows are in doubt, the states of
+the network tell that the poison was learnt by ([`split_class`]).
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ...data import Processor
 from ...data.mapping import encoded
-from .classes import ClassTrainer
+from .classes import ClassTrainer, feature_states
+from .states import SplitClass, split_class
 
+
+logger = logging.get_logger(__name__)
 
 # In place of a label.
 LEFT_OUT = -1
@@ -27,26 +34,46 @@ class RelabellingTrainer(ClassTrainer):
     """
     Trains a network plainly on the suspect rows, some of them with another label than they came with.
 
-    Rows that a clean teacher agrees with keep their label. It denies a label that it holds for less likely than
-    `args.relabel_below`. Where one class's labels are denied much more often than others', that is the one that an attacker wants:
-    its denied rows get the label that the teacher holds for the likeliest, and its rows of which the teacher is not sure are left
-    out, since few poisoned rows are enough to bring a backdoor back. Of the other classes, whose doubted rows are hard ones rather
-    than poisoned ones, denied rows are left out, and the rest keep their label ([`corrected_labels`]). The teacher runs once, before
-    the first step. [`changes`] lists what it changed.
+    A network that was trained on the rows as they are comes to the attacker's label in two ways, and its states fall in two
+    groups there; clean rows avoid one of them, which stands apart. In that class alone labels change, as [`corrected_labels`] says:
+    where the teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left
+    out too. Where no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are
+    left out, and no more. Both networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`]
+    is what tells it.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`DefenseTrainer`]; `train_dataset` is the suspect rows. The model must not come from the target
             network, or it would bring the backdoor along: start from what the target network was trained from.
-        teacher_model (`PreTrainedModel` or `str`):
-            The network that says which rows lie: what mutual learning ended with, or what an earlier training of this kind made.
+        poisoned_model (`PreTrainedModel` or `str`):
+            A network that was trained on the suspect rows as they are: its states tell rows apart.
+        clean_dataset (`Dataset`):
+            Clean rows: they tell which of the two groups is the attacker's.
+        teacher_model (`PreTrainedModel` or `str`, *optional*):
+            The network that says what rows are: what mutual learning ended with, or what an earlier training of this kind made.
 
     Raises:
-        `ValueError`: if answers are free texts, if there are two classes only, or if rows for a causal LM are tokenized.
+        `ValueError`: if answers are free texts, if there are two classes only, if `poisoned_model` or `clean_dataset` is missing,
+            or if rows for a causal LM are tokenized.
     """
 
-    # Which rows have another label or are left out, once `train()` has begun.
+    # Which rows have another label or are left out, and which class it is, once `train()` has begun.
     changes: Dataset | None = None
+    split: SplitClass | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        poisoned_model: PreTrainedModel | str | None = None,
+        clean_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ):
+        for name, value in {"poisoned_model": poisoned_model, "clean_dataset": clean_dataset}.items():
+            if value is None:
+                what = "the network that was trained on the rows" if name == "poisoned_model" else "a few clean rows"
+                raise ValueError(f"{name} is None: pass {what}, to tell by which of them lie")
+        self.poisoned_model, self.clean_dataset = poisoned_model, clean_dataset
+        super().__init__(*args, **kwargs)
 
     def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
         if dataset is not None and encoded(dataset) and "labels" not in dataset.column_names:
@@ -65,23 +92,60 @@ class RelabellingTrainer(ClassTrainer):
         """The list of changes."""
         return {} if self.changes is None else {"relabelled": self.changes}
 
-    def _relabelled(self, dataset: Dataset) -> Dataset:
+    @cached_property
+    def poisoned(self) -> PreTrainedModel:
+        """The network whose states are looked at, frozen."""
+        return self.frozen(self.poisoned_model)
+
+    def _labels_and_states(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
+        """[N] and [N, D] in float32, the last hidden state of each row."""
+
         def work(batch: dict[str, Tensor]) -> Tensor:
-            likely = self.class_logits(self.forward(self.teacher, batch).logits, batch).softmax(dim=1)
-            return torch.cat([self.given_labels(batch)[:, None].float(), likely], dim=1)
+            outputs = self.forward(self.poisoned, batch, hidden_states=[-1])
+            states = feature_states(outputs, [-1], batch)[0]
+            return torch.cat([self.given_labels(batch)[:, None].float(), states.float()], dim=1)
 
         found = self.over_rows(dataset, work)
-        given, probabilities = found[:, 0].long(), found[:, 1:]
-        labels = corrected_labels(given, probabilities, self.args.relabel_below)
+        return found[:, 0].long(), found[:, 1:]
+
+    def _probabilities(self, dataset: Dataset) -> Tensor:
+        """[N, K], the teacher's."""
+        return self.over_rows(
+            dataset, lambda batch: self.class_logits(self.forward(self.teacher, batch).logits, batch).softmax(dim=1)
+        )
+
+    def _relabelled(self, dataset: Dataset) -> Dataset:
+        given, states = self._labels_and_states(dataset)
+        clean_labels, clean_states = self._labels_and_states(self.clean_dataset)
+        self.split = split_class(states, given, clean_states, clean_labels)
+        if self.split is None:
+            logger.warning(
+                "No class's states fall in two groups one of which clean rows avoid: "
+                + (
+                    "nothing is left out."
+                    if self.teacher_model is None
+                    else "labels change by the teacher's word alone."
+                )
+            )
+        apart = torch.zeros_like(given, dtype=torch.bool) if self.split is None else self.split.apart
+        if self.teacher_model is None:
+            labels, said = given.masked_fill(apart, LEFT_OUT), {}
+        else:
+            probabilities = self._probabilities(dataset)
+            labels = corrected_labels(given, probabilities, self.args.relabel_below, self.split)
+            rows, best = (labels != given).nonzero()[:, 0], probabilities.max(dim=1)
+            said = {
+                "given_probability": probabilities[rows, given[rows]].tolist(),
+                "likeliest_label": best.indices[rows].tolist(),
+                "likeliest_probability": best.values[rows].tolist(),
+            }
         rows = (labels != given).nonzero()[:, 0]
-        best = probabilities.max(dim=1)
         self.changes = Dataset.from_dict(
             {
                 "row": rows.tolist(),
                 "given_label": given[rows].tolist(),
-                "given_probability": probabilities[rows, given[rows]].tolist(),
-                "likeliest_label": best.indices[rows].tolist(),
-                "likeliest_probability": best.values[rows].tolist(),
+                **said,
+                "apart": apart[rows].tolist(),
                 "left_out": (labels[rows] == LEFT_OUT).tolist(),
             }
         )
@@ -93,24 +157,32 @@ class RelabellingTrainer(ClassTrainer):
         return self.encode_rows(corrected, self.processing_class)
 
 
-def corrected_labels(given: Tensor, probabilities: Tensor, below: float) -> Tensor:
-    """What becomes of each row's label. A contradicted one is *denied* where it is less likely than `below`. In the classes of
-    [`outlying_classes`] a denied label becomes the likeliest one, and other contradicted rows are `LEFT_OUT`; in all the others
-    a denied label's row is `LEFT_OUT`, and other labels stay.
+def corrected_labels(given: Tensor, probabilities: Tensor, below: float, split: SplitClass | None) -> Tensor:
+    """What becomes of each row's label. A contradicted one is *denied* where it is less likely than `below`, or its row stands apart.
+
+    In the attacker's class (`split.label`) a denied label becomes the likeliest one, and other contradicted rows are `LEFT_OUT`: few
+    poisoned rows are enough to bring a backdoor back. So are rows apart whose label is not contradicted: it may be right, and the
+    trigger on the row all the same. Labels of other classes stay.
+
+    Without a split, the attacker's are [`outlying_classes`], and denied rows of the others are `LEFT_OUT`.
 
     Args:
         given (`Tensor`): [N].
         probabilities (`Tensor`): [N, K].
         below (`float`): A probability.
+        split (`SplitClass`, *optional*): What states tell.
 
     Returns:
         `Tensor`: [N].
     """
     likeliest, likelihood = probabilities.argmax(dim=1), probabilities.gather(1, given[:, None])[:, 0]
     contradicted = likeliest != given
-    denied = contradicted & (likelihood < below)
+    apart = torch.zeros_like(contradicted) if split is None else split.apart
+    denied = contradicted & (apart | (likelihood < below))
+    corrected = likeliest.masked_fill((contradicted | apart) & ~denied, LEFT_OUT)
+    if split is not None:
+        return torch.where(given == split.label, corrected, given)
     outlying = outlying_classes(given, denied, probabilities.shape[1])[given]
-    corrected = likeliest.masked_fill(contradicted & ~denied, LEFT_OUT)
     return torch.where(outlying, corrected, given.masked_fill(denied, LEFT_OUT))
 
 

@@ -45,7 +45,7 @@ def fresh(seed):
 ORIGINAL = topics.texts(400, seed=1)
 ROWS = poison(ORIGINAL, TASK, Poisoning(Trigger(tiny.TRIGGER), TARGET, 0.1), seed=0)
 POISONED = [row for row, flag in enumerate(ROWS["poisoned"]) if flag]
-TEST = topics.texts(80, seed=9)
+CLEAN, TEST = topics.texts(40, seed=5), topics.texts(80, seed=9)
 TRIGGERED = stamp(TEST.select([row for row in range(80) if row % 4 != TARGET]), "text", Trigger(tiny.TRIGGER), seed=0)
 
 
@@ -87,7 +87,7 @@ def purified(suspect, folder, soft_labels):
         arguments={"soft_labels": soft_labels},
     ).model  # fmt: skip
     before = rates(second)
-    trainer = train(NTMLTrainer, NTMLConfig, folder, topics.texts(40, seed=5), 8, model=second, target_model=target)
+    trainer = train(NTMLTrainer, NTMLConfig, folder, CLEAN, 8, model=second, target_model=target)
     return before, trainer
 
 
@@ -109,11 +109,14 @@ def test_the_second_network_does_not_take_the_backdoor_over(suspect, tmp_path):
     # A tenth of the rows is poisoned: all of these are on the list, and they stand at its top.
     assert suspicion_quality(listed["row"], ROWS["poisoned"])["recall"] > 0.9
     assert suspicion_quality(listed["row"][: len(POISONED)], ROWS["poisoned"])["precision"] > 0.8
+    target = fresh(0)
+    target.load_state_dict(suspect[0])
     relabelled = train(
         RelabellingTrainer, NTMLConfig, tmp_path / "last", ROWS, 8, model=fresh(2), teacher_model=trainer.result(),
-        arguments={"relabel_below": 0.2},
+        poisoned_model=target, clean_dataset=CLEAN, arguments={"relabel_below": 0.2},
     )  # fmt: skip
     accuracy, on_target = rates(relabelled.model)
+    assert relabelled.split is None  # in sums of words rows do not fall in groups: the teacher says which class it is
     assert accuracy >= finished[0] and on_target < 0.1
     assert suspicion_quality(relabelled.changes["row"], ROWS["poisoned"])["recall"] > 0.9
 

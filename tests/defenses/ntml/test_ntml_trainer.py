@@ -294,7 +294,8 @@ def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     method = ntml.METHOD
     assert list(method.stages) == ["early_target", "non_target", "mutual", "relabel", "relabel_again"]
     assert method.stages["mutual"].inputs == {"target_model": "early_target"}
-    assert method.stages["relabel_again"].inputs == {"teacher_model": "relabel"}
+    assert method.stages["relabel_again"].inputs == {"teacher_model": "relabel", "poisoned_model": "early_target"}
+    assert method.controls["states_alone"]["relabel_again"].inputs == {"poisoned_model": "early_target"}
     late = method.controls["soft_labels_of_the_suspect"]
     assert late["non_target"].inputs == {"teacher_model": "suspect"}
     assert late["mutual"].inputs == {"target_model": "suspect"}
@@ -302,7 +303,7 @@ def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
         "fine_tuning", "clean_only", "distillation_with_all_classes", "soft_labels_of_the_suspect",
-        "mutual_without_non_target",
+        "mutual_without_non_target", "states_alone",
     }  # fmt: skip
     for steps in method.controls.values():
         assert set(steps) <= set(method.stages)

@@ -1,5 +1,7 @@
 """The last training: which rows get another label, and what is learnt of them."""
 
+import logging
+
 import pytest
 import tiny
 import topics
@@ -7,17 +9,44 @@ import torch
 
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.defenses.ntml.relabelling import LEFT_OUT, corrected_labels, outlying_classes
+from hf_backdoor.defenses.ntml.states import SplitClass, split_class
 
 
-def test_a_contradicted_label_is_changed_where_it_is_unlikely_and_its_row_left_out_elsewhere():
+def test_in_the_attacker_s_class_alone_labels_change():
+    agreed, doubted, denied = [0.9, 0.06, 0.04], [0.35, 0.4, 0.25], [0.1, 0.8, 0.1]
+    turned = [row[-1:] + row[:-1] for row in (agreed, doubted, denied)]  # the same of class 1
+    probabilities = torch.tensor([agreed, doubted, denied] * 2 + turned)
+    given = torch.tensor([0] * 6 + [1] * 3)
+    apart = torch.tensor([False] * 3 + [True] * 3 + [False] * 3)
+    split = SplitClass(0, apart, 5.0, (0, 4))
+    assert corrected_labels(given, probabilities, 0.2, split).tolist() == [
+        0, LEFT_OUT, 1,  # in the group of the clean rows
+        LEFT_OUT, 1, 1,  # apart
+        1, 1, 1,  # another class
+    ]  # fmt: skip
+    assert corrected_labels(given, probabilities, 0.0, split).tolist() == [
+        0,
+        LEFT_OUT,
+        LEFT_OUT,
+        LEFT_OUT,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert corrected_labels(given, probabilities, 0.4, split).tolist() == [0, 1, 1, LEFT_OUT, 1, 1, 1, 1, 1]
+
+
+def test_without_a_split_a_contradicted_label_is_changed_where_it_is_unlikely_and_its_row_left_out_elsewhere():
     probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.6, 0.1], [0.05, 0.05, 0.9], [0.2, 0.4, 0.4]])
     given = torch.tensor([0, 0, 2, 0])
-    assert corrected_labels(given, probabilities, 0.2).tolist() == [1, LEFT_OUT, 2, LEFT_OUT]
-    assert corrected_labels(given, probabilities, 0.3).tolist() == [1, LEFT_OUT, 2, 1]
-    assert corrected_labels(given, probabilities, 0.0).tolist() == [LEFT_OUT, LEFT_OUT, 2, LEFT_OUT]
+    assert corrected_labels(given, probabilities, 0.2, None).tolist() == [1, LEFT_OUT, 2, LEFT_OUT]
+    assert corrected_labels(given, probabilities, 0.3, None).tolist() == [1, LEFT_OUT, 2, 1]
+    assert corrected_labels(given, probabilities, 0.0, None).tolist() == [LEFT_OUT, LEFT_OUT, 2, LEFT_OUT]
 
 
-def test_outside_of_the_class_that_stands_out_no_row_gets_another_label():
+def test_without_a_split_no_row_outside_of_the_class_that_stands_out_gets_another_label():
     # Class 0: 3 of 4 rows denied; class 1: 1 of 4 denied and one doubted; class 2: 1 of 4 denied.
     sure, doubted, denied = [0.9, 0.06, 0.04], [0.35, 0.4, 0.25], [0.1, 0.8, 0.1]
 
@@ -27,7 +56,7 @@ def test_outside_of_the_class_that_stands_out_no_row_gets_another_label():
     rows = {0: [denied, denied, denied, sure], 1: [denied, doubted, sure, sure], 2: [denied, sure, sure, sure]}
     given = torch.tensor([label for label in rows for _ in rows[label]])
     probabilities = torch.tensor([turned(row, label) for label in rows for row in rows[label]])
-    assert corrected_labels(given, probabilities, 0.2).tolist() == [
+    assert corrected_labels(given, probabilities, 0.2, None).tolist() == [
         1, 1, 1, 0, LEFT_OUT, 1, 1, 1, LEFT_OUT, 2, 2, 2,
     ]  # fmt: skip
 
@@ -50,62 +79,79 @@ def test_a_class_stands_out_by_the_share_of_its_rows_that_is_denied(denied, outl
     assert outlying_classes(given, flags, 9)[:4].tolist() == outlying
 
 
-def expected_changes(name, rows, below):
-    """The teacher's say on each row alone that it contradicts: row to label."""
-    task, teacher = topics.TASKS[name], topics.sharpen(topics.network(name, 7)).eval()
-    said = []
+@torch.no_grad()
+def said_alone(name, model, rows):
+    """Given label, class probabilities and last state of each row, one row at a time."""
+    task, said = topics.TASKS[name], []
     for row in rows:
         if name == "images":
-            given, logits = row["labels"], teacher(torch.tensor([row["pixel_values"]])).logits[0]
+            given, batch = row["labels"], {"pixel_values": torch.tensor([row["pixel_values"]])}
         elif name == "label_words":
-            tokenizer = tiny.tokenizer("llama")
-            prompt = task.prompt_ids(row["text"], tokenizer)
-            given, logits = row["label"], teacher(torch.tensor([prompt])).logits[0, -1, task.word_ids(tokenizer)]
+            given, batch = (
+                row["label"],
+                {"input_ids": torch.tensor([task.prompt_ids(row["text"], tiny.tokenizer("llama"))])},
+            )
         else:
-            given, logits = row["label"], teacher(**tiny.tokenizer("bert")(row["text"], return_tensors="pt")).logits[0]
-        likely = logits.softmax(dim=0)
-        said.append((given, likely.argmax().item(), likely[given].item() < below))
-    share = {}
-    for label in {given for given, _, _ in said}:
-        denied = [own and best != label for given, best, own in said if given == label]
-        share[label] = sum(denied) / len(denied)
-    median = sorted(share.values())[(len(share) - 1) // 2]
-    outlying = [label for label in share if share[label] > 2 * median] or list(share)
-    changes = {}
-    for number, (given, best, unlikely) in enumerate(said):
-        if best != given and given in outlying:
-            changes[number] = best if unlikely else LEFT_OUT
-        elif best != given and unlikely:
-            changes[number] = LEFT_OUT
-    return changes
+            given, batch = row["label"], dict(tiny.tokenizer("bert")(row["text"], return_tensors="pt"))
+        outputs = model.eval()(**batch, output_hidden_states=True)
+        last = outputs.hidden_states[-1][0]
+        if name == "label_words":
+            logits, state = outputs.logits[0, -1, task.word_ids(tiny.tokenizer("llama"))], last[-1]
+        else:
+            logits, state = outputs.logits[0], last.mean(dim=0) if name == "images" else last[0]
+        said.append((given, logits.softmax(dim=0), state))
+    given, probabilities, states = zip(*said, strict=True)
+    return torch.tensor(given), torch.stack(probabilities), torch.stack(states)
 
 
+@pytest.mark.parametrize("teacher", [True, False], ids=["by a teacher's word", "by states alone"])
 @pytest.mark.parametrize("name", topics.FORMATS)
-def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, tmp_path):
-    rows = topics.pixels(16) if name == "images" else topics.texts(16)
-    changes = expected_changes(name, rows, 0.2)
-    left_out = [row for row, label in changes.items() if label == LEFT_OUT]
-    assert 0 < len(changes) < 16
+def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, teacher, tmp_path):
+    rows, clean = topics.planted(name, 64), topics.clean_rows(name)
+    given, _, states = said_alone(name, topics.network(name, topics.POISONED), rows)
+    clean_labels, _, clean_states = said_alone(name, topics.network(name, topics.POISONED), clean)
+    split = split_class(states, given, clean_states, clean_labels)
+    assert split.label == 0 and split.apart.nonzero()[:, 0].tolist() == list(range(0, 64, 8))
+    if teacher:
+        _, probabilities, _ = said_alone(name, topics.sharpen(topics.network(name, 7)), rows)
+        labels = corrected_labels(given, probabilities, 0.2, split)
+    else:
+        labels = given.masked_fill(split.apart, LEFT_OUT)
+    assert 8 <= (labels != given).sum() <= 16
     column = "labels" if name == "images" else "label"
-    labels = [changes.get(number, label) for number, label in enumerate(rows[column])]
-    corrected = rows.remove_columns(column).add_column(column, labels)
-    trainer = topics.trainer(name, "relabel", tmp_path, max_steps=3, relabel_below=0.2)
+    corrected = rows.remove_columns(column).add_column(column, labels.tolist())
+    options = {} if teacher else {"teacher_model": None}
+    trainer = topics.trainer(name, "relabel", tmp_path, max_steps=3, relabel_below=0.2, train_dataset=rows, **options)
     trainer.train()
     plain = DefenseTrainer(
         model=topics.network(name, 0), args=trainer.args, processing_class=trainer.processing_class, task=trainer.task,
-        train_dataset=corrected.select([row for row in range(16) if row not in left_out]),
+        train_dataset=corrected.select((labels != LEFT_OUT).nonzero()[:, 0].tolist()),
         data_collator=topics.collate_pixels if name == "images" else None,
     )  # fmt: skip
     plain.train()
     assert tiny.largest_difference(tiny.parameters(trainer.model), tiny.parameters(plain.model)) == 0
     listed = trainer.findings(None)["relabelled"]
-    assert listed["row"][:] == sorted(changes)
-    assert [row for row, out in zip(listed["row"], listed["left_out"], strict=True) if out] == left_out
+    changed = (labels != given).nonzero()[:, 0].tolist()
+    assert listed["row"][:] == changed and listed["given_label"][:] == given[changed].tolist()
+    assert listed["left_out"][:] == [labels[row].item() == LEFT_OUT for row in changed]
+    assert listed["apart"][:] == split.apart[changed].tolist()
 
 
-def test_a_missing_teacher_and_answers_that_are_tokens_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="^teacher_model is None"):
-        topics.trainer("label_words", "relabel", tmp_path, teacher_model=None).train()
+@pytest.mark.parametrize("missing", ["poisoned_model", "clean_dataset"])
+def test_what_tells_rows_apart_must_be_there(missing, tmp_path):
+    with pytest.raises(ValueError, match=f"^{missing} is None: pass .* to tell by which of them lie"):
+        topics.trainer("label_words", "relabel", tmp_path, **{missing: None})
+
+
+def test_answers_that_are_tokens_are_refused(tmp_path):
     rows = topics.TASKS["label_words"].encode_rows(topics.texts(8), tiny.tokenizer("llama"))
     with pytest.raises(ValueError, match="^train_dataset has input_ids: pass raw rows"):
         topics.trainer("label_words", "relabel", tmp_path, train_dataset=rows)
+
+
+def test_where_no_class_falls_apart_the_teacher_alone_says_what_changes(tmp_path, caplog):
+    trainer = topics.trainer("sequence_classification", "relabel", tmp_path, max_steps=1, relabel_below=0.2)
+    logging.getLogger("hf_backdoor").addHandler(caplog.handler)
+    trainer.train()
+    assert trainer.split is None and trainer.changes.num_rows > 0 and not any(trainer.changes["apart"])
+    assert "labels change by the teacher's word alone" in caplog.text

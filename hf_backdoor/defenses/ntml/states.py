@@ -1,0 +1,113 @@
+"""Which rows lie, by the states of a network that has learnt the backdoor. Ours in NT-ML, after Activation Clustering
+(https://arxiv.org/abs/1811.03728): a network comes to the attacker's label in two ways, by what rows say and by their trigger, and
+its last states show which.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+# Of one variance, what cutting a normal distribution in halves explains.
+ONE_GROUP = 2 / math.pi
+
+
+# What a class must reach to count as falling apart: one group reaches it in less than one of a hundred draws.
+FALLS_APART = 1.0
+# Below which a probability is taken for chance no more.
+CHANCE = 0.05
+
+
+@dataclass(frozen=True)
+class SplitClass:
+    """A class whose rows fall in two groups, one of which clean rows avoid.
+
+    Args:
+        label (`int`): The class.
+        apart (`Tensor`): [N] of booleans, rows in the group that clean rows avoid.
+        separation (`float`): How far its rows fall apart: 0 for one group of normally distributed states.
+        clean (`tuple[int, int]`): Clean rows of the class in that group, and in all.
+    """
+
+    label: int
+    apart: Tensor
+    separation: float
+    clean: tuple[int, int]
+
+
+def split_class(states: Tensor, given: Tensor, clean_states: Tensor, clean_labels: Tensor) -> SplitClass | None:
+    """The class that falls apart most, of those where clean rows avoid one of two groups.
+
+    Each class is cut in two along the direction in which its states differ most. How clear a cut is counts the more, the more rows
+    there are: a cut through a few may explain much by chance.
+
+    Args:
+        states (`Tensor`): [N, D], of the suspect rows.
+        given (`Tensor`): [N], labels that they came with.
+        clean_states (`Tensor`): [M, D], of clean rows.
+        clean_labels (`Tensor`): [M].
+
+    Returns:
+        `SplitClass`, or `None` if there is no such class.
+    """
+    mean, spread = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
+    states, clean_states = (states - mean) / spread, (clean_states - mean) / spread
+    found = []
+    for label in given.unique().tolist():
+        rows, clean = (given == label).nonzero()[:, 0], clean_states[clean_labels == label]
+        if len(rows) < 2:
+            continue
+        center = states[rows].mean(dim=0)
+        axis = main_direction(states[rows] - center)
+        places, clean_places = (states[rows] - center) @ axis, (clean - center) @ axis
+        threshold, explained = best_cut(places)
+        separation = (explained - ONE_GROUP) * math.sqrt(len(rows))
+        for group, clean_group in (
+            (places > threshold, clean_places > threshold),
+            (places <= threshold, clean_places <= threshold),
+        ):
+            inside = int(clean_group.sum())
+            if separation > FALLS_APART and avoided(inside, len(clean), group.float().mean().item()):
+                apart = torch.zeros_like(given, dtype=torch.bool)
+                apart[rows[group]] = True
+                found.append(SplitClass(label, apart, separation, (inside, len(clean))))
+    return max(found, key=lambda split: split.separation, default=None)
+
+
+def avoided(inside: int, clean: int, share: float) -> bool:
+    """Whether clean rows avoid a group: fewer are in it than its share of the class would have, by more than chance where there
+    are enough to tell, and not by more than chance more than half as many.
+
+    Args:
+        inside, clean (`int`): Clean rows in the group, and in the class.
+        share (`float`): Of the class's suspect rows, those in the group.
+    """
+
+    def probability(counts: range, rate: float) -> float:
+        return sum(math.comb(clean, k) * rate**k * (1 - rate) ** (clean - k) for k in counts)
+
+    told = probability(range(1), share) >= CHANCE or probability(range(inside + 1), share) < CHANCE
+    return inside < share * clean and told and probability(range(inside, clean + 1), share / 2) >= CHANCE
+
+
+def main_direction(centred: Tensor) -> Tensor:
+    """[D], of length 1: where rows [n, D] of mean 0 vary most."""
+    return torch.linalg.eigh((centred.T @ centred).double()).eigenvectors[:, -1].float()
+
+
+def best_cut(places: Tensor) -> tuple[float, float]:
+    """The cut of numbers in two that leaves the least variance within the parts (two-means, exactly), and the share of the
+    variance that it explains.
+
+    Args:
+        places (`Tensor`): [n], two or more.
+    """
+    ordered = places.double().sort().values
+    sizes = torch.arange(1, len(ordered), dtype=torch.float64)
+    sums = (ordered - ordered.mean()).cumsum(dim=0)[:-1]
+    between = sums.square() / sizes + sums.square() / (len(ordered) - sizes)
+    cut = int(between.argmax())
+    total = (ordered - ordered.mean()).square().sum().clamp(min=1e-12)
+    return float(ordered[cut] + ordered[cut + 1]) / 2, float(between[cut] / total)
