@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
 
@@ -59,7 +60,7 @@ RECIPES = {
         "cifar10_resnet",
         "gtsrb_resnet",
     ],
-    "ntml": ["agnews_minilm", "agnews_smollm2", "cifar10_resnet", "gtsrb_resnet"],
+    "ntml": ["agnews_minilm", "agnews_minilm_few", "agnews_smollm2", "cifar10_resnet", "gtsrb_resnet"],
 }
 # BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
 OWN_TRIGGER = ("backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2", "sst2_minilm_lwp", "sst2_minilm_ep")
@@ -75,7 +76,11 @@ COLUMNS = {
     "perplexity": "perplexity",
     "suspicion_precision": "precision of the list",
     "suspicion_recall": "its recall",
+    "correction_precision": "precision of the corrections",
+    "correction_recall": "their recall",
 }
+# What a run finds out about the suspect rows: the metric's name and the file, in the order in which stages write them.
+LISTS = {"suspicion": "*/suspicion.parquet", "correction": "cleaned/relabelled.parquet"}
 
 
 def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
@@ -141,17 +146,22 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
 
 
 def suspicion_rows(folder: Path, seed: int) -> list[Row]:
-    """How good the list of suspicious training rows is, where a run has made one."""
-    listed = next(folder.glob("*/suspicion.parquet"), None)
-    if listed is None:
-        return []
-    files = {"listed": str(listed), "rows": str(folder / "data" / "poisoned.parquet")}
-    read = {name: load_dataset("parquet", data_files=file, split="train") for name, file in files.items()}
-    rows, poisoned = read["listed"]["row"][:], read["rows"]["poisoned"][:]
-    count = sum(poisoned)
-    hits = round(count * suspicion_quality(rows, poisoned)["recall"])
-    wanted = {"suspicion_precision": len(rows), "suspicion_recall": count}
-    return [Row.from_counts(model="cleaned", metric=m, k=hits, n=n, seed=seed) for m, n in wanted.items() if n]
+    """How good the lists of suspicious training rows are that a run has made: the pair's doubts, and what labels changed by."""
+
+    def column(file: Path, name: str) -> list[Any]:
+        return load_dataset("parquet", data_files=str(file), split="train")[name][:]
+
+    made = []
+    for what, pattern in LISTS.items():
+        file = next(folder.glob(pattern), None)
+        if file is None:
+            continue
+        rows, poisoned = column(file, "row"), column(folder / "data" / "poisoned.parquet", "poisoned")
+        count = sum(poisoned)
+        hits = round(count * suspicion_quality(rows, poisoned)["recall"])
+        wanted = {f"{what}_precision": len(rows), f"{what}_recall": count}
+        made += [Row.from_counts(model="cleaned", metric=m, k=hits, n=n, seed=seed) for m, n in wanted.items() if n]
+    return made
 
 
 def table(method: str) -> str:

@@ -16,7 +16,7 @@ from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer, s
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLEAN_FRACTIONS = (0.01, 0.05)
-# NT-ML's last stages: one network goes over the rows, and one is trained plainly on them.
+# NT-ML's last stages: two networks go over the rows, and one is trained plainly on them.
 CORRECTIONS = {"second_look": "relabel", "third_look": "relabel_again"}
 
 
@@ -64,7 +64,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     mutual = prepared(NTMLTrainer, kind, model=second.model, train_dataset=rows, target_model=plain.model, **options)
     costs["mutual"] = step_seconds(mutual)
     for look, training in CORRECTIONS.items():
-        costs |= {look: costs["soft_labels"], training: costs["target"]}
+        costs |= {look: 2 * costs["soft_labels"], training: costs["target"]}
     made = []
     for fraction in CLEAN_FRACTIONS:
         passes = {

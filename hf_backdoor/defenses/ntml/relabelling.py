@@ -68,12 +68,12 @@ class RelabellingTrainer(ClassTrainer):
         clean_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
+        self.poisoned_model, self.clean_dataset = poisoned_model, clean_dataset
+        super().__init__(*args, **kwargs)
         for name, value in {"poisoned_model": poisoned_model, "clean_dataset": clean_dataset}.items():
             if value is None:
                 what = "the network that was trained on the rows" if name == "poisoned_model" else "a few clean rows"
                 raise ValueError(f"{name} is None: pass {what}, to tell by which of them lie")
-        self.poisoned_model, self.clean_dataset = poisoned_model, clean_dataset
-        super().__init__(*args, **kwargs)
 
     def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
         if dataset is not None and encoded(dataset) and "labels" not in dataset.column_names:
@@ -97,16 +97,17 @@ class RelabellingTrainer(ClassTrainer):
         """The network whose states are looked at, frozen."""
         return self.frozen(self.poisoned_model)
 
-    def _labels_and_states(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """[N] and [N, D] in float32, the last hidden state of each row."""
+    def _read(self, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
+        """Given labels [N], their probability by the network that learnt the poison [N], and its last hidden states [N, D]."""
 
         def work(batch: dict[str, Tensor]) -> Tensor:
             outputs = self.forward(self.poisoned, batch, hidden_states=[-1])
-            states = feature_states(outputs, [-1], batch)[0]
-            return torch.cat([self.given_labels(batch)[:, None].float(), states.float()], dim=1)
+            states, given = feature_states(outputs, [-1], batch)[0], self.given_labels(batch)[:, None]
+            likely = self.class_logits(outputs.logits, batch).softmax(dim=1).gather(1, given)
+            return torch.cat([given.float(), likely, states.float()], dim=1)
 
         found = self.over_rows(dataset, work)
-        return found[:, 0].long(), found[:, 1:]
+        return found[:, 0].long(), found[:, 1], found[:, 2:]
 
     def _probabilities(self, dataset: Dataset) -> Tensor:
         """[N, K], the teacher's."""
@@ -115,9 +116,9 @@ class RelabellingTrainer(ClassTrainer):
         )
 
     def _relabelled(self, dataset: Dataset) -> Dataset:
-        given, states = self._labels_and_states(dataset)
-        clean_labels, clean_states = self._labels_and_states(self.clean_dataset)
-        self.split = split_class(states, given, clean_states, clean_labels)
+        given, likelihood, states = self._read(dataset)
+        clean_labels, _, clean_states = self._read(self.clean_dataset)
+        self.split = split_class(states, given, likelihood, clean_states, clean_labels)
         if self.split is None:
             logger.warning(
                 "No class's states fall in two groups one of which clean rows avoid: "
@@ -126,6 +127,11 @@ class RelabellingTrainer(ClassTrainer):
                     if self.teacher_model is None
                     else "labels change by the teacher's word alone."
                 )
+            )
+        elif not self.split.clean[1]:
+            logger.warning(
+                f"Class {self.split.label} falls apart, and clean_dataset has no row of it: the group that the network is surer of "
+                "is taken for the attacker's. Clean rows of this class would tell."
             )
         apart = torch.zeros_like(given, dtype=torch.bool) if self.split is None else self.split.apart
         if self.teacher_model is None:

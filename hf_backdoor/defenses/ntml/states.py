@@ -26,7 +26,7 @@ class SplitClass:
 
     Args:
         label (`int`): The class.
-        apart (`Tensor`): [N] of booleans, rows in the group that clean rows avoid.
+        apart (`Tensor`): [N] of booleans, rows in the group that is the attacker's.
         separation (`float`): How far its rows fall apart: 0 for one group of normally distributed states.
         clean (`tuple[int, int]`): Clean rows of the class in that group, and in all.
     """
@@ -37,15 +37,19 @@ class SplitClass:
     clean: tuple[int, int]
 
 
-def split_class(states: Tensor, given: Tensor, clean_states: Tensor, clean_labels: Tensor) -> SplitClass | None:
+def split_class(
+    states: Tensor, given: Tensor, likelihood: Tensor, clean_states: Tensor, clean_labels: Tensor
+) -> SplitClass | None:
     """The class that falls apart most, of those where clean rows avoid one of two groups.
 
     Each class is cut in two along the direction in which its states differ most. How clear a cut is counts the more, the more rows
-    there are: a cut through a few may explain much by chance.
+    there are: a cut through a few may explain much by chance. Of a class without clean rows the group is taken that the network is
+    surer of: a trigger is learnt better than what rows say.
 
     Args:
         states (`Tensor`): [N, D], of the suspect rows.
         given (`Tensor`): [N], labels that they came with.
+        likelihood (`Tensor`): [N], their probability by the network whose states they are.
         clean_states (`Tensor`): [M, D], of clean rows.
         clean_labels (`Tensor`): [M].
 
@@ -64,12 +68,13 @@ def split_class(states: Tensor, given: Tensor, clean_states: Tensor, clean_label
         places, clean_places = (states[rows] - center) @ axis, (clean - center) @ axis
         threshold, explained = best_cut(places)
         separation = (explained - ONE_GROUP) * math.sqrt(len(rows))
-        for group, clean_group in (
-            (places > threshold, clean_places > threshold),
-            (places <= threshold, clean_places <= threshold),
-        ):
-            inside = int(clean_group.sum())
-            if separation > FALLS_APART and avoided(inside, len(clean), group.float().mean().item()):
+        if separation <= FALLS_APART:
+            continue
+        surer = likelihood[rows][places > threshold].mean() > likelihood[rows][places <= threshold].mean()
+        for upper in (True, False):
+            group, clean_group = (places > threshold) == upper, (clean_places > threshold) == upper
+            inside, share = int(clean_group.sum()), group.float().mean().item()
+            if avoided(inside, len(clean), share) if len(clean) else bool(surer) == upper:
                 apart = torch.zeros_like(given, dtype=torch.bool)
                 apart[rows[group]] = True
                 found.append(SplitClass(label, apart, separation, (inside, len(clean))))

@@ -110,7 +110,7 @@ def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, teacher, t
     rows, clean = topics.planted(name, 64), topics.clean_rows(name)
     given, _, states = said_alone(name, topics.network(name, topics.POISONED), rows)
     clean_labels, _, clean_states = said_alone(name, topics.network(name, topics.POISONED), clean)
-    split = split_class(states, given, clean_states, clean_labels)
+    split = split_class(states, given, torch.ones(64), clean_states, clean_labels)
     assert split.label == 0 and split.apart.nonzero()[:, 0].tolist() == list(range(0, 64, 8))
     if teacher:
         _, probabilities, _ = said_alone(name, topics.sharpen(topics.network(name, 7)), rows)

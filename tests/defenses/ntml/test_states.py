@@ -17,49 +17,55 @@ def scene(counts, clean, seed=0):
     states = torch.cat([around(center, count) for center, count in zip(centers, counts, strict=True)])
     given = torch.tensor([0] * counts[0] + [1] * counts[1] + [2] * counts[2] + [1] * counts[3])
     clean_states = torch.cat([around(center, clean) for center in centers[:3]])
-    return states, given, clean_states, torch.arange(3).repeat_interleave(clean)
+    return states, given, torch.ones(len(given)), clean_states, torch.arange(3).repeat_interleave(clean)
 
 
 @pytest.mark.parametrize("poisoned", [30, 100, 300], ids=["few", "half", "most of the class"])
 def test_the_attacker_s_rows_are_those_where_clean_rows_are_rarer(poisoned):
-    states, given, clean_states, clean_labels = scene((100, 100, 100, poisoned), 4)
-    split = split_class(states, given, clean_states, clean_labels)
+    states, given, likelihood, clean_states, clean_labels = scene((100, 100, 100, poisoned), 4)
+    split = split_class(states, given, likelihood, clean_states, clean_labels)
     assert split.label == 1 and split.clean == (0, 4)
     assert split.apart.tolist() == [False] * 300 + [True] * poisoned
 
 
 def test_the_units_of_states_do_not_matter():
-    states, given, clean_states, clean_labels = scene((100, 100, 100, 50), 4)
+    states, given, likelihood, clean_states, clean_labels = scene((100, 100, 100, 50), 4)
     scale = torch.logspace(-3, 3, 24)
-    first = split_class(states, given, clean_states, clean_labels)
-    second = split_class(states * scale + 7, given, clean_states * scale + 7, clean_labels)
+    first = split_class(states, given, likelihood, clean_states, clean_labels)
+    second = split_class(states * scale + 7, given, likelihood, clean_states * scale + 7, clean_labels)
     assert first.apart.equal(second.apart) and second.separation == pytest.approx(first.separation, rel=1e-3)
 
 
 def test_a_class_of_few_rows_does_not_win_by_chance():
     # Three rows are always cut well: two of them lie close together.
-    states, given, clean_states, clean_labels = scene((100, 100, 100, 50), 4)
+    states, given, likelihood, clean_states, clean_labels = scene((100, 100, 100, 50), 4)
     few = torch.tensor([[0.0] * 24, [0.1] * 24, [30.0] * 24])
     states, given = torch.cat([states, few]), torch.cat([given, torch.full((3,), 3)])
+    likelihood = torch.ones(len(given))
     clean_states, clean_labels = torch.cat([clean_states, few[:1]]), torch.cat([clean_labels, torch.tensor([3])])
-    assert split_class(states, given, clean_states, clean_labels).label == 1
+    assert split_class(states, given, likelihood, clean_states, clean_labels).label == 1
 
 
 def test_rows_that_fall_in_one_group_are_no_attacker_s():
-    states, given, clean_states, clean_labels = scene((100, 100, 100, 0), 20)
-    assert split_class(states, given, clean_states, clean_labels) is None
+    states, given, likelihood, clean_states, clean_labels = scene((100, 100, 100, 0), 20)
+    assert split_class(states, given, likelihood, clean_states, clean_labels) is None
 
 
 def test_groups_that_clean_rows_fall_in_too_are_no_attacker_s():
-    states, given, clean_states, clean_labels = scene((100, 100, 100, 50), 20)
+    states, given, likelihood, clean_states, clean_labels = scene((100, 100, 100, 50), 20)
     both = torch.cat([clean_states, states[300:310]]), torch.cat([clean_labels, given[300:310]])
-    assert split_class(states, given, *both) is None
+    assert split_class(states, given, likelihood, *both) is None
 
 
-def test_a_class_without_clean_rows_is_passed_over():
-    states, given, clean_states, clean_labels = scene((100, 100, 100, 50), 4)
-    known = clean_labels != 1
-    assert split_class(states, given, clean_states[known], clean_labels[known]) is None
+@pytest.mark.parametrize("attacker_s", [True, False])
+def test_without_clean_rows_of_a_class_its_surer_group_is_taken(attacker_s):
+    states, given, likelihood, clean_states, clean_labels = scene((100, 100, 100, 50), 4)
+    known, elsewhere = clean_labels != 1, torch.arange(350) >= 300
+    likelihood[elsewhere == attacker_s] = 0.9
+    likelihood[elsewhere != attacker_s] = 0.8
+    split = split_class(states, given, likelihood, clean_states[known], clean_labels[known])
+    expected = elsewhere if attacker_s else (given == 1) & ~elsewhere
+    assert split.label == 1 and split.clean == (0, 0) and split.apart.equal(expected)
 
 
 @pytest.mark.parametrize(
