@@ -84,6 +84,11 @@ def _stages(recipe: Recipe) -> list[Stage]:
     stages += defense_stages(steps, given, folders, shown, measured)
     for control in recipe.controls:
         steps = taken(method.controls[control])
+        if not steps:
+            keys = sorted({step.only_with for step in method.controls[control].values()})
+            raise ValueError(
+                f"controls has {control!r}, of which nothing is left where {' and '.join(keys)} is 0: take it out, or set {keys[0]}"
+            )
         own = {name: f"controls/{control}/{name}" for name in steps}
         shown = dict.fromkeys(steps, f"control/{control}")
         stages += defense_stages(steps, given | folders, own, shown, {list(steps)[-1]}, folders)

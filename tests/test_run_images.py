@@ -39,7 +39,7 @@ def settings(folder, output, **changes):
         "model_name_or_path": str(folder / "net"), "task": "image_classification", "output_dir": str(output),
         "dataset_name": str(folder / "train.parquet"), "test_dataset_name": str(folder / "test.parquet"),
         "attack_trigger": "patch", "poison_rate": 0.2, "target_label": 0, "reference": "train", "max_train_samples": 24,
-        "clean_fraction": 0.5, "method": "ntml", "controls": list(METHODS["ntml"].controls),
+        "clean_fraction": 0.5, "method": "ntml", "controls": [],
         "per_device_train_batch_size": 8, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-2,
         "augmentation": "shift_and_mirror", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
@@ -52,7 +52,7 @@ def execute(values):
 
 @pytest.fixture(scope="module")
 def ntml_run(workshop):
-    values = settings(workshop, workshop / "run")
+    values = settings(workshop, workshop / "run", controls=list(METHODS["ntml"].controls), relabel_below=0.2)
     return values, run(make_recipe(values))
 
 
@@ -64,7 +64,8 @@ def test_every_model_and_control_is_measured(ntml_run):
     values, results = ntml_run
     folder = Path(values["output_dir"])
     assert Results.load(folder / "results.json") == results
-    models = {"reference", "suspect", "stage/early_target", "stage/non_target", "cleaned"}
+    models = {"reference", "suspect", "cleaned"}
+    models |= {f"stage/{name}" for name in ("early_target", "non_target", "mutual", "relabel")}
     models |= {f"control/{name}" for name in METHODS["ntml"].controls}
     assert {row.model for row in results.rows} == models
     for model in models:
@@ -77,7 +78,7 @@ def test_every_model_and_control_is_measured(ntml_run):
         "attack": 24, "clean": 12, "test": 18, "test with patch": 12,
     }  # fmt: skip
     assert all(cost["tokens"] is None for cost in results.costs)
-    doubted = Dataset.from_parquet(str(folder / "cleaned" / "suspicion.parquet"))
+    doubted = Dataset.from_parquet(str(folder / "mutual" / "suspicion.parquet"))
     assert doubted.num_rows <= 24
     assert (folder / "report" / "index.html").is_file()
 
@@ -86,6 +87,15 @@ def test_what_is_saved_is_a_whole_model_with_its_image_processor(ntml_run):
     folder = Path(ntml_run[0]["output_dir"]) / "cleaned"
     assert AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 3
     assert AutoImageProcessor.from_pretrained(folder).do_resize is False
+
+
+def test_a_control_of_which_nothing_is_left_is_refused(workshop, tmp_path):
+    values = settings(workshop, tmp_path / "run", controls=["states_alone"])
+    with pytest.raises(
+        ValueError, match="^controls has 'states_alone', of which nothing is left where relabel_below is 0"
+    ):
+        execute(values)
+    assert not (tmp_path / "run" / "suspect").exists()
 
 
 def test_poison_is_kept_without_loss_and_nothing_else_is_touched(ntml_run, workshop):
@@ -104,7 +114,7 @@ def test_a_run_that_is_killed_twice_goes_on_to_the_same_results(ntml_run, tmp_pa
 
     def counted(self, *args, **kwargs):
         made.append(self.state.global_step)
-        # Five stages of two steps: in the second step of the suspect, and in that of mutual learning.
+        # Seven stages of two steps: in the second step of the suspect, and in that of mutual learning.
         if len(made) in (4, 11):
             raise Killed
         return original(self, *args, **kwargs)
@@ -115,7 +125,7 @@ def test_a_run_that_is_killed_twice_goes_on_to_the_same_results(ntml_run, tmp_pa
             execute(values)
     again = execute(values)
     # Each time it went on from the checkpoint after the first step.
-    assert made == [0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1]
+    assert made == [0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1]
     assert again.rows == [row for row in ntml_run[1].rows if not row.model.startswith("control")]
     assert weights(tmp_path / "cleaned") == weights(Path(ntml_run[0]["output_dir"]) / "cleaned")
 
