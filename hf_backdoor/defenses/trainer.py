@@ -26,6 +26,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..data import SIDE_COLUMNS, Processor, Rows, Task, auto_class, collator_for, encoded, infer_task, moved
 from .autocast import inputs_as_they_are
+from .checkpoints import load_saved
 from .config import DefenseConfig
 from .engines import check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
@@ -391,13 +392,3 @@ class DefenseTrainer(Trainer):
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model itself, without the adapter around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def load_saved(model: PreTrainedModel, folder: str | Path) -> None:
-    """Takes a model's weights back from a folder that `save_pretrained` wrote, in place.
-
-    `Trainer` reads the file by the names in it, and loses, with no more than a warning, the tensors that a model calls
-    otherwise on disk than in memory (ViT): https://github.com/huggingface/transformers/issues/43701.
-    """
-    saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())

@@ -120,6 +120,10 @@ class ClassTrainer(DefenseTrainer):
         found = found.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(order)].cpu()
         return found[torch.tensor(order).argsort()]
 
+    def logits_over_rows(self, network: PreTrainedModel, dataset: Dataset) -> Tensor:
+        """[N, K] in float32: a network's class logits of all rows."""
+        return self.over_rows(dataset, lambda batch: self.class_logits(self.forward(network, batch).logits, batch))
+
 
 def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str, Any]) -> list[Tensor]:
     """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions or pixels.

@@ -57,10 +57,11 @@ class NTMLConfig(DefenseConfig):
         > Parameters that control the training on corrected labels (ours)
 
         relabel_below (`float`, *optional*, defaults to 0.0):
-            After mutual learning, a fresh network is trained on the suspect rows. The product of mutual learning denies given
-            labels that it holds for less likely than this: in the class whose labels are denied much more often than others' they
-            are corrected, elsewhere their rows are left out; see [`RelabellingTrainer`]. A second one is trained likewise, by what
-            the first denies. 0 leaves both stages out: the product is the result then, as in the paper.
+            After mutual learning, a fresh network is trained on the suspect rows, those that lie relabelled or left out: in the
+            class whose rows fall apart in the target network's states, and there where the product of mutual learning contradicts a
+            label. Away from the group that stands apart it is changed below this probability; see [`RelabellingTrainer`]. A second
+            network is trained likewise, by what the first one says. 0 leaves both stages out: the product is the result then, as in
+            the paper.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ..trainer import load_saved
+from ..checkpoints import load_saved
 
 
 NETWORKS = ("target", "non_target")

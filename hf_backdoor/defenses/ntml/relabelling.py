@@ -6,7 +6,6 @@ says so in turn: a second fresh network learns from the rows as the first one se
 the network tell that the poison was learnt by ([`split_class`]).
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,16 +91,11 @@ class RelabellingTrainer(ClassTrainer):
         """The list of changes."""
         return {} if self.changes is None else {"relabelled": self.changes}
 
-    @cached_property
-    def poisoned(self) -> PreTrainedModel:
-        """The network whose states are looked at, frozen."""
-        return self.frozen(self.poisoned_model)
-
-    def _read(self, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
-        """Given labels [N], their probability by the network that learnt the poison [N], and its last hidden states [N, D]."""
+    def _read(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
+        """Given labels [N], their probability by a network [N], and its last hidden states [N, D]."""
 
         def work(batch: dict[str, Tensor]) -> Tensor:
-            outputs = self.forward(self.poisoned, batch, hidden_states=[-1])
+            outputs = self.forward(network, batch, hidden_states=[-1])
             states, given = feature_states(outputs, [-1], batch)[0], self.given_labels(batch)[:, None]
             likely = self.class_logits(outputs.logits, batch).softmax(dim=1).gather(1, given)
             return torch.cat([given.float(), likely, states.float()], dim=1)
@@ -109,15 +103,12 @@ class RelabellingTrainer(ClassTrainer):
         found = self.over_rows(dataset, work)
         return found[:, 0].long(), found[:, 1], found[:, 2:]
 
-    def _probabilities(self, dataset: Dataset) -> Tensor:
-        """[N, K], the teacher's."""
-        return self.over_rows(
-            dataset, lambda batch: self.class_logits(self.forward(self.teacher, batch).logits, batch).softmax(dim=1)
-        )
-
     def _relabelled(self, dataset: Dataset) -> Dataset:
-        given, likelihood, states = self._read(dataset)
-        clean_labels, _, clean_states = self._read(self.clean_dataset)
+        # Not kept: nothing asks it again while the training runs.
+        poisoned = self.frozen(self.poisoned_model)
+        given, likelihood, states = self._read(poisoned, dataset)
+        clean_labels, _, clean_states = self._read(poisoned, self.clean_dataset)
+        del poisoned
         self.split = split_class(states, given, likelihood, clean_states, clean_labels)
         if self.split is None:
             logger.warning(
@@ -135,17 +126,18 @@ class RelabellingTrainer(ClassTrainer):
             )
         apart = torch.zeros_like(given, dtype=torch.bool) if self.split is None else self.split.apart
         if self.teacher_model is None:
-            labels, said = given.masked_fill(apart, LEFT_OUT), {}
+            probabilities, labels = None, given.masked_fill(apart, LEFT_OUT)
         else:
-            probabilities = self._probabilities(dataset)
+            probabilities = self.logits_over_rows(self.teacher, dataset).softmax(dim=1)
             labels = corrected_labels(given, probabilities, self.args.relabel_below, self.split)
-            rows, best = (labels != given).nonzero()[:, 0], probabilities.max(dim=1)
+        rows, said = (labels != given).nonzero()[:, 0], {}
+        if probabilities is not None:
+            best = probabilities[rows].max(dim=1)
             said = {
                 "given_probability": probabilities[rows, given[rows]].tolist(),
-                "likeliest_label": best.indices[rows].tolist(),
-                "likeliest_probability": best.values[rows].tolist(),
+                "likeliest_label": best.indices.tolist(),
+                "likeliest_probability": best.values.tolist(),
             }
-        rows = (labels != given).nonzero()[:, 0]
         self.changes = Dataset.from_dict(
             {
                 "row": rows.tolist(),

@@ -7,13 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 
 # Of one variance, what cutting a normal distribution in halves explains.
 ONE_GROUP = 2 / math.pi
-
-
 # What a class must reach to count as falling apart: one group reaches it in less than one of a hundred draws.
 FALLS_APART = 1.0
 # Below which a probability is taken for chance no more.
@@ -90,11 +89,8 @@ def avoided(inside: int, clean: int, share: float) -> bool:
         share (`float`): Of the class's suspect rows, those in the group.
     """
 
-    def probability(counts: range, rate: float) -> float:
-        return sum(math.comb(clean, k) * rate**k * (1 - rate) ** (clean - k) for k in counts)
-
-    told = probability(range(1), share) >= CHANCE or probability(range(inside + 1), share) < CHANCE
-    return inside < share * clean and told and probability(range(inside, clean + 1), share / 2) >= CHANCE
+    told = binom.pmf(0, clean, share) >= CHANCE or binom.cdf(inside, clean, share) < CHANCE
+    return bool(inside < share * clean and told and binom.sf(inside - 1, clean, share / 2) >= CHANCE)
 
 
 def main_direction(centred: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class NonTargetTrainer(ClassTrainer):
             self.model.set_adapter("target")
             self.model.eval()
         teacher = self.model if shared else self.teacher
-        logits = self.over_rows(dataset, lambda batch: self.class_logits(self.forward(teacher, batch).logits, batch))
+        logits = self.logits_over_rows(teacher, dataset)
         if shared:
             self.model.set_adapter("non_target")
         features = Features({TEACHER_LOGITS: List(Value("float32"))})

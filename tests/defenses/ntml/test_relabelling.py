@@ -25,16 +25,8 @@ def test_in_the_attacker_s_class_alone_labels_change():
         1, 1, 1,  # another class
     ]  # fmt: skip
     assert corrected_labels(given, probabilities, 0.0, split).tolist() == [
-        0,
-        LEFT_OUT,
-        LEFT_OUT,
-        LEFT_OUT,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ]
+        0, LEFT_OUT, LEFT_OUT, LEFT_OUT, 1, 1, 1, 1, 1,
+    ]  # fmt: skip
     assert corrected_labels(given, probabilities, 0.4, split).tolist() == [0, 1, 1, LEFT_OUT, 1, 1, 1, 1, 1]
 
 
