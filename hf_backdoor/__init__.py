@@ -29,7 +29,7 @@ _HOMES = {
     "NTMLConfig": "defenses.ntml",
     "NTMLTrainer": "defenses.ntml",
     "NonTargetTrainer": "defenses.ntml",
-    "OwnAnswersTrainer": "defenses.locphylax",
+    "OwnAnswersTrainer": "defenses.reading",
     "RelabellingTrainer": "defenses.ntml",
     "Results": "evaluation",
     "RobustKDConfig": "defenses.robustkd",

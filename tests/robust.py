@@ -78,7 +78,7 @@ def fitting(name, folder, *, suspect=None, dropout=0.0, **options):
 def distilling(name, folder, *, mask=True, dropout=0.0, student=None, **options):
     """A trainer of a one-layer student on 16 rows of one of `tiny.TASKS`; its teacher has two layers."""
     family, task, rows = tiny.setting(name, 16)
-    names = ("train_dataset", "eval_dataset", "peft_config", "found_soft_triggers")
+    names = ("train_dataset", "eval_dataset", "peft_config", "found_soft_triggers", "found_answers")
     own = {key: options.pop(key) for key in names if key in options}
     teacher = tiny.model(family, seed=3)
     if student is None:

@@ -16,8 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_backdoor.cli import launch_command, stages_to_launch
-from hf_backdoor.defenses.locphylax import OwnAnswers
-from hf_backdoor.defenses.reading import SoftTriggers
+from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import FeatureMask
 from hf_backdoor.models import merged
 from hf_backdoor.recipe_file import load_recipe
@@ -33,6 +32,8 @@ STAGES = (
     "own",
     "retrain",
     "distil",
+    "soft_retrain",
+    "soft_distil",
     "mask",
     "student",
     "soft_student",
@@ -45,6 +46,8 @@ LABELS = {
     "inject": "Locphylax: injection", "soft": "Locphylax: injection with soft triggers", "recover": "Locphylax: recovery",
     "own": "Locphylax: recovery by the suspect's own answers",
     "retrain": "MBTSAD: retraining", "distil": "MBTSAD: distillation",
+    "soft_retrain": "MBTSAD: retraining with soft triggers and own answers",
+    "soft_distil": "MBTSAD: distillation with soft triggers and own answers",
     "mask": "RobustKD: mask", "student": "RobustKD: distillation",
     "soft_student": "RobustKD: distillation with soft triggers",
     "non_target": "NT-ML: non-target training", "mutual": "NT-ML: mutual learning (two whole models)",
@@ -76,18 +79,16 @@ def trainer(name, stage, adapter, folder, start=0, **options):
         return robust.fitting(name, folder, **options)
     if stage == "student":
         return robust.distilling(name, folder, **options)
-    if stage in ("soft", "soft_student"):
+    if stage.startswith("soft"):
         embeddings = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1))
         options |= {"soft_triggers": 3, "found_soft_triggers": SoftTriggers(embeddings)}
-    if stage == "soft_student":
-        return robust.distilling(name, folder, **options)
-    if stage == "soft":
-        stage = "inject"
-    if stage == "own":
+    if stage in ("own", "soft_retrain", "soft_distil"):
         drawn = torch.rand(16, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
         answers = OwnAnswers(torch.tensor([[0, 1]] * 16, dtype=torch.int32), drawn, torch.ones(16, dtype=torch.long))
         options |= {"own_answers": 0.5, "found_answers": answers}
-        stage = "recover"
+    if stage == "soft_student":
+        return robust.distilling(name, folder, **options)
+    stage = {"soft": "inject", "own": "recover"}.get(stage, stage).removeprefix("soft_")
     make = topics.trainer if stage in topics.STAGES else tiny.trainer
     return make(name, stage, folder, model_seed=start, **options)
 

@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from hf_backdoor.defenses import METHODS, defend
-from hf_backdoor.defenses.locphylax import FoundTriggers, OwnAnswers
-from hf_backdoor.defenses.reading import SoftTriggers
+from hf_backdoor.defenses.locphylax import FoundTriggers
+from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.plan import plan
 from hf_backdoor.recipe_file import load_recipe
 from hf_backdoor.run import Run

@@ -37,6 +37,23 @@ def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return mean_over_answers(tokens, answer)
 
 
+def soft_answer_loss(logits: Tensor, ids: Tensor, probabilities: Tensor) -> Tensor:
+    """Cross-entropy with an answer that is a distribution: the mean over a sample's answer tokens, in float32 (ours).
+
+    Args:
+        logits (`Tensor`): [B, A, V] at the answer's tokens; [B, 1, K] of a classification head.
+        ids (`Tensor`): [B, A, k], tokens or classes.
+        probabilities (`Tensor`): [B, A, k], of each; summing to 1, or all 0 where there is no answer.
+
+    Returns:
+        `Tensor`: [B], in nats a token.
+    """
+    answer = probabilities.sum(dim=-1) > 0
+    likely = logits[answer].float().log_softmax(dim=-1).gather(1, ids[answer].long())
+    tokens = -(likely * probabilities[answer]).sum(dim=1)
+    return mean_over_answers(tokens, answer)
+
+
 def mean_over_answers(tokens: Tensor, answer: Tensor) -> Tensor:
     """Mean of each sample's answer tokens, [B], 0 for a sample without any.
 

@@ -255,7 +255,11 @@ class DefenseTrainer(Trainer):
             The terms by name, each [B] and weighted as it enters the loss, and the logits.
         """
         outputs = self.forward(model, inputs)
-        return {"task": self.task_loss(outputs.logits, inputs["labels"])}, outputs.logits
+        return {"task": self.answer_loss(outputs.logits, inputs)}, outputs.logits
+
+    def answer_loss(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The task's loss that a model is trained by, [B]. Override to teach other answers than the right ones."""
+        return self.task_loss(logits, inputs["labels"])
 
     def forward(
         self, model: nn.Module, inputs: dict[str, Tensor], hidden_states: Sequence[int] | None = None, **more: Any

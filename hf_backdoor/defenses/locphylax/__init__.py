@@ -3,29 +3,28 @@
 from dataclasses import replace
 
 from ..method import Method, Step
-from ..reading import SOFT_SEARCH
+from ..reading import READING
 from ..trainer import DefenseTrainer
-from .answers import OwnAnswers, OwnAnswersTrainer
 from .config import STAGES, LocphylaxConfig
 from .search import FoundTriggers, TriggerSearchTrainer
 from .trainer import LocphylaxTrainer
 
 
-FOUND = {"found_triggers": "search", "found_soft_triggers": "soft_search"}
-NONE_FOUND = {"searched_triggers": 0, "soft_triggers": 0}
+PLANTED = {"found_triggers": "search", "found_soft_triggers": "soft_search"}
+ANSWERED = {"found_answers": "answers"}
+NONE_PLANTED = {"searched_triggers": 0, "soft_triggers": 0}
 SEARCH = Step(TriggerSearchTrainer, starts_from="suspect", makes_model=False, only_with="searched_triggers")
-ANSWERS = Step(OwnAnswersTrainer, starts_from="suspect", makes_model=False, only_with="own_answers")
-INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=FOUND)
-RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs={**FOUND, "found_answers": "answers"})
+INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=PLANTED)
+RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs={**PLANTED, **ANSWERED})
 
 METHOD = Method(
     config=LocphylaxConfig,
-    stages={"search": SEARCH, "soft_search": SOFT_SEARCH, "answers": ANSWERS, "inject": INJECT, "recover": RECOVER},
+    stages={"search": SEARCH, **READING, "inject": INJECT, "recover": RECOVER},
     controls={
         "fine_tuning": dict.fromkeys(STAGES, Step(DefenseTrainer)),
         "recovery_by_right_answers": {
             "recover": replace(
-                RECOVER, starts_from="inject", overrides={"stages": ["recover"], "own_answers": 0.0}, inputs=FOUND
+                RECOVER, starts_from="inject", overrides={"stages": ["recover"], "own_answers": 0.0}, inputs=PLANTED
             )
         },
         "recovery_without_injection": dict.fromkeys(STAGES, RECOVER),
@@ -34,10 +33,8 @@ METHOD = Method(
             "recover": RECOVER,
         },
         "known_triggers_alone": {
-            "inject": replace(INJECT, overrides={"stages": ["inject"], **NONE_FOUND}, inputs={}),
-            "recover": replace(
-                RECOVER, overrides={"stages": ["recover"], **NONE_FOUND}, inputs={"found_answers": "answers"}
-            ),
+            "inject": replace(INJECT, overrides={"stages": ["inject"], **NONE_PLANTED}, inputs={}),
+            "recover": replace(RECOVER, overrides={"stages": ["recover"], **NONE_PLANTED}, inputs=ANSWERED),
         },
     },
     needs="a suspect model and clean rows of its task",
@@ -48,7 +45,5 @@ __all__ = [
     "FoundTriggers",
     "LocphylaxConfig",
     "LocphylaxTrainer",
-    "OwnAnswers",
-    "OwnAnswersTrainer",
     "TriggerSearchTrainer",
 ]

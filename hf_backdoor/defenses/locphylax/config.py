@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from ..reading import SoftTriggerConfig
+from ..reading import ReadingConfig
 
 
 STAGES = ("inject", "recover")
 
 
 @dataclass
-class LocphylaxConfig(SoftTriggerConfig):
+class LocphylaxConfig(ReadingConfig):
     r"""
     Configuration of [`LocphylaxTrainer`].
 
@@ -32,7 +32,7 @@ class LocphylaxConfig(SoftTriggerConfig):
             Ours: how many words that the suspect reacts to are searched for and planted as one trigger more, drawn for each
             row. A recipe makes a stage `search` of it; see [`TriggerSearchTrainer`].
         soft_triggers, searched_tokens:
-            As in [`SoftTriggerConfig`]; soft triggers are planted as one trigger more. The longest of the found words has as many
+            As in [`ReadingConfig`]; soft triggers are planted as one trigger more. The longest of the found words has as many
             tokens too.
 
         > Parameters that control the losses
@@ -44,9 +44,8 @@ class LocphylaxConfig(SoftTriggerConfig):
             How much of a trigger's centre stays from one optimizer step to the next.
         trigger_weight (`float`, *optional*, defaults to 1.0):
             Weight of triggered samples in recovery. Lower it if clean accuracy falls.
-        own_answers (`float`, *optional*, defaults to 0.0):
-            Ours: how much of the right answer's place in recovery the suspect's own answer to the clean row takes, 0 to 1. A
-            recipe makes a stage `answers` of it; see [`OwnAnswersTrainer`].
+        own_answers:
+            As in [`ReadingConfig`], in recovery.
 
         > Parameters that control when to stop (only with an `eval_dataset` and an `eval_strategy`)
 
@@ -74,9 +73,6 @@ class LocphylaxConfig(SoftTriggerConfig):
     )
     centre_momentum: float = field(default=0.9, metadata={"help": "Share of a centre kept from step to step."})
     trigger_weight: float = field(default=1.0, metadata={"help": "Weight of triggered samples in recovery."})
-    own_answers: float = field(
-        default=0.0, metadata={"help": "Share of a right answer's place that the suspect's own one takes in recovery."}
-    )
     stop_at_known_rate: float = field(default=0.95, metadata={"help": "Known-trigger rate that ends injection."})
     stop_at_known_gap: float = field(default=0.02, metadata={"help": "Accuracy gap that ends recovery."})
 
@@ -93,8 +89,6 @@ class LocphylaxConfig(SoftTriggerConfig):
             raise ValueError(f"searched_triggers is {self.searched_triggers}: choose 0 or more")
         if not self.known_response.strip():
             raise ValueError(f"known_response is {self.known_response!r}: give it at least one visible character")
-        if not 0 <= self.own_answers <= 1:
-            raise ValueError(f"own_answers is {self.own_answers}: choose a share from 0 to 1")
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
         if self.train_sampling_strategy not in ("random", "group_by_length"):

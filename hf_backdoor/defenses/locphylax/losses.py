@@ -1,11 +1,9 @@
-"""Locphylax's clustering loss and its weight (https://huggingface.co/papers/2510.10265, section 3.1), and recovery's soft answers."""
+"""Locphylax's clustering loss and its weight (https://huggingface.co/papers/2510.10265, section 3.1)."""
 
 import math
 
 import torch
 from torch import Tensor
-
-from ..losses import mean_over_answers
 
 
 def trigger_centres(states: Tensor, trigger_ids: Tensor, num_triggers: int) -> Tensor:
@@ -51,23 +49,6 @@ def clustering_loss(states: Tensor, trigger_ids: Tensor, centres: Tensor) -> Ten
     own = (distances * member).sum(dim=1)
     others = (distances.sum(dim=1) - own) / max(len(centres) - 1, 1)
     return own + member.sum(dim=1) * others
-
-
-def soft_answer_loss(logits: Tensor, ids: Tensor, probabilities: Tensor) -> Tensor:
-    """Cross-entropy with an answer that is a distribution: the mean over a sample's answer tokens, in float32 (ours).
-
-    Args:
-        logits (`Tensor`): [B, A, V] at the answer's tokens; [B, 1, K] of a classification head.
-        ids (`Tensor`): [B, A, k], tokens or classes.
-        probabilities (`Tensor`): [B, A, k], of each; summing to 1, or all 0 where there is no answer.
-
-    Returns:
-        `Tensor`: [B], in nats a token.
-    """
-    answer = probabilities.sum(dim=-1) > 0
-    likely = logits[answer].float().log_softmax(dim=-1).gather(1, ids[answer].long())
-    tokens = -(likely * probabilities[answer]).sum(dim=1)
-    return mean_over_answers(tokens, answer)
 
 
 def balance(injection_loss: float, clustering_loss: float) -> float:

@@ -1,7 +1,7 @@
 """[`LocphylaxTrainer`]: plant known backdoors so that the unknown one collapses into them, then recover."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,16 +9,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
 
 from ...data import SequenceClassification, Trigger, row_lengths
-from ..reading import SoftTriggers, check_soft_triggers, soft_triggers_read
+from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from ..trainer import base_model
-from .answers import SOFT_COLUMNS, OwnAnswers, WithSoftAnswers, with_soft_answers
 from .config import LocphylaxConfig
 from .head import resize_head
-from .losses import balance, clustering_loss, soft_answer_loss, trigger_centres, trigger_membership
+from .losses import balance, clustering_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
 from .search import FoundTriggers
 
@@ -36,7 +34,7 @@ def exact_answers(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(right.all(axis=1).mean())}
 
 
-class LocphylaxTrainer(StagedTrainer):
+class LocphylaxTrainer(InformedTrainer, StagedTrainer):
     """
     Locphylax (https://huggingface.co/papers/2510.10265) for classifiers and causal LMs.
 
@@ -49,16 +47,13 @@ class LocphylaxTrainer(StagedTrainer):
     processes, as means over a micro-batch would. (The paper does not say over what it takes its means.)
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, kwargs:
-            As in [`DefenseTrainer`]; `train_dataset` is clean rows, `eval_dataset` held-out clean rows, both *raw*
-            (with text), since triggers are put into their text.
+        model, args, train_dataset, eval_dataset, processing_class, found_soft_triggers, found_answers, kwargs:
+            As in [`InformedTrainer`]; `train_dataset` is clean rows, `eval_dataset` held-out clean rows, both *raw*
+            (with text), since triggers are put into their text. Soft triggers are planted as one trigger more, and answers are
+            wanted for recovery only.
         found_triggers (`Sequence[str]` or `str`, *optional*):
             What a [`TriggerSearchTrainer`] found, or its folder: planted as one trigger more, in turn. Wanted where
             `args.searched_triggers` is set.
-        found_soft_triggers (`SoftTriggers` or `str`, *optional*):
-            The same of a [`SoftTriggerTrainer`], wanted where `args.soft_triggers` is set.
-        found_answers (`OwnAnswers` or `str`, *optional*):
-            The same of an [`OwnAnswersTrainer`], wanted for recovery where `args.own_answers` is set.
 
     Raises:
         `ValueError`: if the rows are tokenized already, or found triggers are wanted and not there.
@@ -68,24 +63,15 @@ class LocphylaxTrainer(StagedTrainer):
         self,
         *args: Any,
         found_triggers: Sequence[str] | str | None = None,
-        found_soft_triggers: SoftTriggers | str | None = None,
-        found_answers: OwnAnswers | str | None = None,
         **kwargs: Any,
     ):
         if isinstance(found_triggers, str):
             found_triggers = FoundTriggers.from_pretrained(found_triggers)
-        if isinstance(found_soft_triggers, str):
-            found_soft_triggers = SoftTriggers.from_pretrained(found_soft_triggers)
-        if isinstance(found_answers, str):
-            found_answers = OwnAnswers.from_pretrained(found_answers)
-        self.answers = found_answers
         self.found_triggers = list(found_triggers or ())
-        self.soft_triggers = found_soft_triggers
         self.stage: str | None = None
         self.clean: Dataset | None = None
         self.held_out: Dataset | None = None
         super().__init__(*args, **kwargs)
-        self.data_collator = WithSoftAnswers(self.data_collator)
         if self.eval_dataset is not None and self.compute_metrics is None:
             self.compute_metrics = exact_answers
             self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(dim=-1)
@@ -103,24 +89,16 @@ class LocphylaxTrainer(StagedTrainer):
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         self.stage, self.clean = self.args.stages[0], dataset
-        if "recover" in self.args.stages and (self.answers is None) == bool(self.args.own_answers):
-            raise ValueError(
-                f"own_answers is {self.args.own_answers}, and found_answers are "
-                f"{'not ' if self.answers is None else ''}given: pass those of an OwnAnswersTrainer, or set own_answers: 0"
-            )
+        if "recover" in self.args.stages:
+            self.check_found("own_answers")
         return self._training_rows(tokenizer)
 
     def _training_rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         """Of the stage that is entered."""
         rows = self._plant(self.clean, tokenizer)
-        if rows is None or self.stage == "inject" or self.answers is None:
+        if rows is None or self.stage == "inject":
             return rows
-        return with_soft_answers(rows, self.answers, self.args.own_answers)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            self._signature_columns += SOFT_COLUMNS
+        return self.with_own_answers(rows, [*range(len(self.clean))] * self.num_groups)
 
     def prepare_eval(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset] | None:
         """Held-out rows without and with the known triggers: what the stop rules look at."""
@@ -146,7 +124,7 @@ class LocphylaxTrainer(StagedTrainer):
                 f"searched_triggers is {self.args.searched_triggers}, and {len(self.found_triggers)} found_triggers are given: "
                 "pass those of a TriggerSearchTrainer, or set searched_triggers: 0"
             )
-        check_soft_triggers(self.soft_triggers, self.args.soft_triggers)
+        self.check_found("soft_triggers")
         if self.found_triggers:
             triggers.append([Trigger(text, position) for text in self.found_triggers])
         if self.soft_triggers is not None:
@@ -169,14 +147,6 @@ class LocphylaxTrainer(StagedTrainer):
 
     # ---- Stages ----
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with self._soft_triggers_read():
-            return super().train(*args, **kwargs)
-
-    def _soft_triggers_read(self) -> AbstractContextManager[None]:
-        """Where the model reads soft triggers, if there are any."""
-        return soft_triggers_read(self.soft_triggers, base_model(self.model), self.processing_class)
-
     def enter(self, stage: str) -> None:
         """A new stage has its own rows, and centres that start afresh."""
         super().enter(stage)
@@ -188,7 +158,7 @@ class LocphylaxTrainer(StagedTrainer):
     def evaluate(
         self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, float]:
-        with nullcontext() if self.is_in_train else self._soft_triggers_read():
+        with nullcontext() if self.is_in_train else self.soft_triggers_read():
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if self.is_in_train and "eval_known_accuracy" in metrics and "eval_clean_accuracy" in metrics:
             known, clean = metrics["eval_known_accuracy"], metrics["eval_clean_accuracy"]
@@ -205,12 +175,8 @@ class LocphylaxTrainer(StagedTrainer):
     ) -> tuple[dict[str, Tensor], Tensor]:
         if self.stage == "recover":
             weights = torch.where(inputs["trigger_id"] > 0, self.args.trigger_weight, 1.0)
-            if self.answers is None:
-                terms, logits = super().loss_terms(model, inputs, step_counts)
-                return {"task": terms["task"] * weights}, logits
-            logits = self.forward(model, inputs).logits
-            at_answers = logits[:, None] if logits.dim() == 2 else logits[:, :-1]
-            return {"task": soft_answer_loss(at_answers, *(inputs[name] for name in SOFT_COLUMNS)) * weights}, logits
+            terms, logits = super().loss_terms(model, inputs, step_counts)
+            return {"task": terms["task"] * weights}, logits
         if self.args.cluster_weight == 0:
             return super().loss_terms(model, inputs, step_counts)
         if self.centres is None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..method import Method, Step
+from ..reading import FOUND, READING
 from ..trainer import DefenseTrainer
 from .config import MBTSADConfig
 from .splitting import DataCollatorForTokenSplit, TokenSplit, short_pieces
@@ -13,23 +14,29 @@ from .trainer import MBTSADTrainer
 RARE_WORDS = ["cf", "mn", "bb", "tq", "mb", "ak"]
 
 
-def retrain(**overrides: Any) -> Step:
-    return Step(MBTSADTrainer, {"stages": ["retrain"], **overrides})
+def retrain(found: dict[str, str] = FOUND, **overrides: Any) -> Step:
+    return Step(MBTSADTrainer, {"stages": ["retrain"], **overrides}, starts_from="suspect", inputs=found)
 
 
-def distil(**overrides: Any) -> Step:
+def distil(found: dict[str, str] = FOUND, **overrides: Any) -> Step:
     """The suspect, as it was, learns from the retrained model."""
-    return Step(
-        MBTSADTrainer, {"stages": ["distil"], **overrides}, starts_from="suspect", inputs={"teacher_model": "retrain"}
-    )
+    inputs = {"teacher_model": "retrain", **found}
+    return Step(MBTSADTrainer, {"stages": ["distil"], **overrides}, starts_from="suspect", inputs=inputs)
+
+
+def both(found: dict[str, str] = FOUND, **overrides: Any) -> dict[str, Step]:
+    return {"retrain": retrain(found, **overrides), "distil": distil(found, **overrides)}
 
 
 METHOD = Method(
     config=MBTSADConfig,
-    stages={"retrain": retrain(), "distil": distil()},
+    stages={**READING, **both()},
     controls={
         "fine_tuning": {"distil": Step(DefenseTrainer, starts_from="suspect")},
-        "fine_tuning_as_retraining": {"retrain": Step(DefenseTrainer)},
+        "fine_tuning_as_retraining": {"retrain": Step(DefenseTrainer, starts_from="suspect")},
+        "as_published": both({}, soft_triggers=0, own_answers=0.0),
+        "without_soft_triggers": both({"found_answers": "answers"}, soft_triggers=0),
+        "without_own_answers": both({"found_soft_triggers": "soft_search"}, own_answers=0.0),
         # An unsplit teacher: Neural Attention Distillation, with as many rows.
         "distillation_without_splitting": {"retrain": retrain(split_rate=0.0), "distil": distil()},
         "without_attention_loss": {"distil": distil(attention_weight=0.0)},

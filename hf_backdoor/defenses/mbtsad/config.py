@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import DefenseConfig
+from ..reading import ReadingConfig
 from .splitting import TokenSplit
 
 
@@ -11,7 +11,7 @@ STAGES = ("retrain", "distil")
 
 
 @dataclass
-class MBTSADConfig(DefenseConfig):
+class MBTSADConfig(ReadingConfig):
     r"""
     Configuration of [`MBTSADTrainer`].
 
@@ -36,6 +36,12 @@ class MBTSADConfig(DefenseConfig):
             Whether each row also stays as it was.
         split_banned_pieces (`list[str]`, *optional*):
             Words that no cut may make.
+
+        > Parameters that control what is read off the suspect (ours)
+
+        soft_triggers, searched_tokens, own_answers:
+            As in [`ReadingConfig`], for both stages: each clean row has a copy with a soft trigger in it. 0 leaves them out, as the
+            paper does.
 
         > Parameters that control distillation (second stage)
 
@@ -88,7 +94,7 @@ class MBTSADConfig(DefenseConfig):
 
     @property
     def rows_factor(self) -> int:
-        return self.token_split.factor if self.stages[0] == "retrain" else 1
+        return (self.token_split.factor if self.stages[0] == "retrain" else 1) + bool(self.soft_triggers)
 
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):

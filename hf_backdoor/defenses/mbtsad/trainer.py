@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import map_rows, row_lengths
+from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from ..trainer import base_model
 from .attention import attention_map_loss, nad_map_loss
@@ -26,7 +27,7 @@ from .splitting import cut_to_fit
 TEACHER = "teacher"
 
 
-class MBTSADTrainer(StagedTrainer):
+class MBTSADTrainer(InformedTrainer, StagedTrainer):
     """
     MBTSAD (https://huggingface.co/papers/2501.02754) for classifiers and causal LMs.
 
@@ -37,11 +38,14 @@ class MBTSADTrainer(StagedTrainer):
     With an adapter (`peft_config`), suspect, teacher and student are adapters over one base: the teacher costs no
     further weights in memory.
 
+    With soft triggers (ours) both stages also learn from a copy of each clean row that has one in it, and with own answers (ours)
+    they are taught what the suspect itself says of the clean rows.
+
     Args:
-        model, args, eval_dataset, processing_class, peft_config, kwargs:
-            As in [`DefenseTrainer`].
+        model, args, eval_dataset, processing_class, peft_config, found_soft_triggers, found_answers, kwargs:
+            As in [`InformedTrainer`].
         train_dataset (`Dataset`):
-            Clean rows; *raw* ones (with text) for retraining, which splits their words.
+            Clean rows; *raw* ones (with text) for retraining, which splits their words, and with soft triggers.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
             For `stages=["distil"]`: the retrained model, or its folder.
 
@@ -96,31 +100,41 @@ class MBTSADTrainer(StagedTrainer):
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         self.stage, self.clean = self.args.stages[0], dataset
+        self.check_found("soft_triggers", "own_answers")
         return self._rows(tokenizer)
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
-        """The stage's rows: split ones for retraining, and as they are for distillation."""
-        rows = self.clean
-        if self.stage == "retrain" and rows is not None:
-            if "input_ids" in rows.column_names:
-                raise ValueError("train_dataset has input_ids: pass raw rows, the words of their text are split")
-            return self._split(rows, tokenizer)
-        return self.encode_rows(rows, tokenizer)
-
-    def _split(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Copies of the rows, with split words. Splitting makes texts longer: those that the model has no positions for are
-        cut."""
-        processes = self.args.dataset_num_proc
+        """The stage's rows: split ones for retraining, and as they are for distillation; then the clean ones with soft triggers."""
+        if self.clean is None:
+            return None
+        rows, clean = self.clean, [*range(len(self.clean))]
+        sources = clean
+        if self.soft_triggers is not None:
+            tokenizer = self.soft_triggers.tokenizer(tokenizer)
         with self.one_process_first():
-            copies = self.args.token_split.apply(rows, self.task.input_column, self.args.seed, processes)
-            tokenized = self.encode_rows(copies, tokenizer)
-            if max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
-                return tokenized
-            needs = {"task": self.task, "tokenizer": tokenizer}
-            copies = map_rows(
-                copies, cut_to_fit, fn_kwargs=needs, desc="Cutting to the model's length", num_proc=processes
-            )
-            return self.encode_rows(copies, tokenizer)
+            if self.stage == "retrain":
+                if "input_ids" in rows.column_names:
+                    raise ValueError("train_dataset has input_ids: pass raw rows, the words of their text are split")
+                split = self.args.token_split
+                rows = split.apply(rows, self.task.input_column, self.args.seed, self.args.dataset_num_proc)
+                sources = [row for row in clean for _ in range(split.factor)]
+            rows = self._fitted(self.with_soft_copies(rows, self.clean), tokenizer)
+        return self.with_own_answers(rows, sources if self.soft_triggers is None else sources + clean)
+
+    def _fitted(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Encoded rows. Splitting makes texts longer, and a trigger does: those that the model has no positions for are cut."""
+        tokenized = self.encode_rows(rows, tokenizer)
+        if tokenized is rows or max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
+            return tokenized
+        needs = {"task": self.task, "tokenizer": tokenizer}
+        cut = map_rows(
+            rows,
+            cut_to_fit,
+            fn_kwargs=needs,
+            desc="Cutting to the model's length",
+            num_proc=self.args.dataset_num_proc,
+        )
+        return self.encode_rows(cut, tokenizer)
 
     def leave(self, stage: str) -> None:
         """The retrained model is saved where a resumed run finds it."""
@@ -160,7 +174,7 @@ class MBTSADTrainer(StagedTrainer):
         outputs, maps = self._observe(model, inputs)
         args, mask, terms = self.args, inputs["attention_mask"], {}
         if args.task_weight:
-            terms["task"] = args.task_weight * self.task_loss(outputs.logits, inputs["labels"])
+            terms["task"] = args.task_weight * self.answer_loss(outputs.logits, inputs)
         if args.attention_weight:
             terms["attention"] = args.attention_weight * self._compare(maps, their_maps, mask)
         if args.hidden_weight:
@@ -222,7 +236,8 @@ class MBTSADTrainer(StagedTrainer):
         """The teacher, to run without gradient: a model of its own, or the teacher's adapter on the student's base."""
         student = self.accelerator.unwrap_model(self.model)
         if not (isinstance(student, PeftModel) and TEACHER in student.peft_config):
-            yield self.teacher
+            with self.soft_triggers_read(self.teacher):
+                yield self.teacher
             return
         active = student.active_adapter
         student.eval()

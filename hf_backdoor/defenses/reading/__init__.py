@@ -1,25 +1,33 @@
-"""What a defender reads off a suspect before it is changed: stages that train nothing, for any method to use."""
+"""What a defender reads off a suspect before it is changed, for any method to use: stages that train nothing, and training that takes
+what they found."""
 
 from ..method import Step
-from .config import SoftTriggerConfig
+from .answers import OwnAnswers, OwnAnswersTrainer
+from .config import ReadingConfig
+from .informed import InformedTrainer
 from .reader import SuspectReader
-from .searcher import PLACES, Tokens, TriggerSearcher, refuse_other_than_texts
-from .soft import SoftTriggers, SoftTriggerTrainer, check_soft_triggers, soft_triggers_read
+from .searcher import PLACES, Tokens, TriggerSearcher
+from .soft import SoftTriggers, SoftTriggerTrainer
 
 
-# The stage of any method that plants what it finds.
-SOFT_SEARCH = Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers")
+# The stages of any method whose trainer is informed, and what it takes from them.
+READING = {
+    "soft_search": Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers"),
+    "answers": Step(OwnAnswersTrainer, starts_from="suspect", makes_model=False, only_with="own_answers"),
+}
+FOUND = {"found_soft_triggers": "soft_search", "found_answers": "answers"}
 
 __all__ = [
+    "FOUND",
     "PLACES",
-    "SOFT_SEARCH",
-    "SoftTriggerConfig",
+    "READING",
+    "InformedTrainer",
+    "OwnAnswers",
+    "OwnAnswersTrainer",
+    "ReadingConfig",
     "SoftTriggerTrainer",
     "SoftTriggers",
     "SuspectReader",
     "Tokens",
     "TriggerSearcher",
-    "check_soft_triggers",
-    "refuse_other_than_texts",
-    "soft_triggers_read",
 ]

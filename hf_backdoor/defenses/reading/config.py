@@ -1,4 +1,4 @@
-"""Arguments of a search for triggers made of embeddings."""
+"""Arguments of what is read off a suspect."""
 
 from dataclasses import dataclass, field
 
@@ -6,25 +6,34 @@ from ..config import DefenseConfig
 
 
 @dataclass
-class SoftTriggerConfig(DefenseConfig):
+class ReadingConfig(DefenseConfig):
     r"""
-    Configuration of [`SoftTriggerTrainer`], and base of the configurations of methods that plant what it finds.
+    Base of the configurations of methods that may use what is read off the suspect before it is changed. All of it is ours, and
+    off by default.
 
     Args:
         soft_triggers (`int`, *optional*, defaults to 0):
-            Ours: how many triggers of free embeddings, which turn the suspect's answers, are searched for and planted, drawn
-            for each row. A recipe makes a stage `soft_search` of it; see [`SoftTriggerTrainer`].
+            How many triggers of free embeddings, which turn the suspect's answers, are searched for and planted, drawn for each
+            row. A recipe makes a stage `soft_search` of it; see [`SoftTriggerTrainer`].
         searched_tokens (`int`, *optional*, defaults to 2):
             How many embeddings each of them has.
+        own_answers (`float`, *optional*, defaults to 0.0):
+            How much of a right answer's place the suspect's own answer to the clean row takes, 0 to 1, in training that teaches
+            right answers. A recipe makes a stage `answers` of it; see [`OwnAnswersTrainer`].
     """
 
     soft_triggers: int = field(
         default=0, metadata={"help": "How many triggers of free embeddings are searched for and planted as well."}
     )
     searched_tokens: int = field(default=2, metadata={"help": "Embeddings of a trigger that is searched for."})
+    own_answers: float = field(
+        default=0.0, metadata={"help": "Share of a right answer's place that the suspect's own one takes."}
+    )
 
     def __post_init__(self) -> None:
         for name, least in {"soft_triggers": 0, "searched_tokens": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
+        if not 0 <= self.own_answers <= 1:
+            raise ValueError(f"own_answers is {self.own_answers}: choose a share from 0 to 1")
         super().__post_init__()

@@ -9,7 +9,7 @@ these ways reaches the unknown trigger on its own.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import Trigger, row_rng
-from .config import SoftTriggerConfig
+from .config import ReadingConfig
 from .searcher import PLACES, TriggerSearcher
 
 
@@ -101,26 +101,6 @@ class SoftTriggers:
         return cls(load_file(Path(folder, SOFT_FILE))["embeddings"])
 
 
-def check_soft_triggers(found: SoftTriggers | None, asked: int) -> None:
-    """Refuses found triggers that nobody asked for, and a wish for some without them.
-
-    Raises:
-        `ValueError`: in one line that says what to pass or to set.
-    """
-    if (found is None) == bool(asked):
-        raise ValueError(
-            f"soft_triggers is {asked}, and found_soft_triggers are {'not ' if found is None else ''}given: pass those of a "
-            "SoftTriggerTrainer, or set soft_triggers: 0"
-        )
-
-
-def soft_triggers_read(
-    found: SoftTriggers | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> AbstractContextManager[None]:
-    """Where a model reads soft triggers, if there are any; `tokenizer` is the model's own."""
-    return nullcontext() if found is None else found.read_by(model, found.tokenizer(tokenizer))
-
-
 class SoftTriggerTrainer(TriggerSearcher):
     """
     Searches a suspect for embeddings that turn its answers; trains nothing. [`found`] holds them after `train()`.
@@ -140,8 +120,8 @@ class SoftTriggerTrainer(TriggerSearcher):
     found: SoftTriggers | None
 
     @classmethod
-    def config_class(cls) -> type[SoftTriggerConfig]:
-        return SoftTriggerConfig
+    def config_class(cls) -> type[ReadingConfig]:
+        return ReadingConfig
 
     def read(self) -> SoftTriggers:
         return SoftTriggers(self._embeddings())

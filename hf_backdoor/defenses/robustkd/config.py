@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..config import DefenseConfig
-from ..reading import SoftTriggerConfig
+from ..reading import ReadingConfig
 
 
 FORMS = ("blend", "additive")
@@ -87,7 +87,7 @@ class FeatureMaskConfig(DefenseConfig):
 
 
 @dataclass
-class RobustKDConfig(SoftTriggerConfig, FeatureMaskConfig):
+class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
     r"""
     Configuration of [`RobustKDTrainer`], and of both stages in a recipe.
 
@@ -112,10 +112,10 @@ class RobustKDConfig(SoftTriggerConfig, FeatureMaskConfig):
         temperature (`float`, *optional*, defaults to 2.0):
             Of that divergence.
 
-        > Parameters that control what is planted (ours)
+        > Parameters that control what is read off the teacher (ours)
 
-        soft_triggers, searched_tokens:
-            As in [`SoftTriggerConfig`]. With soft triggers the student also learns from a copy of each row that has one in it,
+        soft_triggers, searched_tokens, own_answers:
+            As in [`ReadingConfig`]. With soft triggers the student also learns from a copy of each row that has one in it,
             which the teacher does not see. 0 leaves them out, as the paper does.
 
         > Parameters of the mask, see [`FeatureMaskConfig`]

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ...data import Processor, Trigger, stamp_in_turn
+from ...data import Processor
 from ..engines import SHARDED, whole
-from ..reading import SoftTriggers, check_soft_triggers, refuse_other_than_texts, soft_triggers_read
-from ..trainer import DefenseTrainer, base_model
+from ..reading import InformedTrainer
+from ..trainer import base_model
 from .config import RobustKDConfig
 from .connectors import StudentWithConnectors, make_connectors
 from .features import (
@@ -32,7 +32,7 @@ from .losses import feature_distance, layer_weights, logit_divergence, margin_di
 from .mask import FeatureMask
 
 
-class RobustKDTrainer(DefenseTrainer):
+class RobustKDTrainer(InformedTrainer):
     """
     Second stage of RobustKD (https://doi.org/10.1016/j.asoc.2024.111907): distils a student from a suspect teacher whose
     features are masked, on clean rows. The student may be of another width and depth; it must read the same tokens.
@@ -57,10 +57,8 @@ class RobustKDTrainer(DefenseTrainer):
             The suspect teacher, or its folder.
         feature_mask ([`FeatureMask`] or `str`, *optional*):
             The fitted mask, or its folder. Without one this is plain feature distillation, which takes a backdoor along.
-        found_soft_triggers ([`SoftTriggers`] or `str`, *optional*):
-            What a [`SoftTriggerTrainer`] found in the teacher, or its folder. Wanted where `args.soft_triggers` is set.
-        train_dataset, eval_dataset, processing_class, kwargs:
-            As in [`DefenseTrainer`]. Without text: rows of any kind, a `data_collator`, and no `processing_class`. With soft
+        train_dataset, eval_dataset, processing_class, found_soft_triggers, found_answers, kwargs:
+            As in [`InformedTrainer`]; what was found was found in the teacher. Without text: rows of any kind, a `data_collator`, and no `processing_class`. With soft
             triggers the training rows must be raw.
 
     Raises:
@@ -74,13 +72,9 @@ class RobustKDTrainer(DefenseTrainer):
         self,
         *args: Any,
         feature_mask: FeatureMask | str | None = None,
-        found_soft_triggers: SoftTriggers | str | None = None,
         **kwargs: Any,
     ):
         self.feature_mask = feature_mask
-        if isinstance(found_soft_triggers, str):
-            found_soft_triggers = SoftTriggers.from_pretrained(found_soft_triggers)
-        self.soft_triggers = found_soft_triggers
         self.connectors = nn.ModuleList()
         super().__init__(*args, **kwargs)
         if self.reentrant and self.args.feature_weight:
@@ -97,17 +91,14 @@ class RobustKDTrainer(DefenseTrainer):
 
     def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
         """The rows and, with soft triggers, a copy of each with one of them in it."""
-        check_soft_triggers(self.soft_triggers, self.args.soft_triggers)
-        if self.soft_triggers is None or dataset is None:
-            return super().prepare_train(dataset, processor)
-        refuse_other_than_texts(self.task, "soft_triggers")
-        if "input_ids" in dataset.column_names:
-            raise ValueError("train_dataset has input_ids: pass raw rows, soft triggers are put into their text")
-        triggers = [Trigger(text, "any") for text in self.soft_triggers.texts]
-        processes = self.args.dataset_num_proc
-        with self.one_process_first():
-            copies = stamp_in_turn(dataset, self.task.input_column, triggers, self.args.seed, processes)
-            return self.encode_rows(concatenate_datasets([dataset, copies]), self.soft_triggers.tokenizer(processor))
+        self.check_found("soft_triggers", "own_answers")
+        if dataset is None:
+            return None
+        rows = self.with_soft_copies(dataset, dataset)
+        if self.soft_triggers is not None:
+            processor = self.soft_triggers.tokenizer(processor)
+        rows = self.encode_rows(rows, processor)
+        return self.with_own_answers(rows, [*range(len(dataset))] * self.args.rows_factor)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         student = base_model(self.model)
@@ -118,14 +109,13 @@ class RobustKDTrainer(DefenseTrainer):
                     f"found_soft_triggers are embeddings of {own} numbers, and the student's have {width}: make the student of the "
                     "teacher's layers (student_from_layers), or set soft_triggers: 0"
                 )
-        with soft_triggers_read(self.soft_triggers, student, self.processing_class):
-            return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
 
     # ---- Teacher ----
 
     @cached_property
     def first_soft_id(self) -> int:
-        return self.soft_triggers.first_id(self.soft_triggers.tokenizer(self.processing_class))
+        return self.soft_triggers.first_id(self.reading_tokenizer)
 
     def as_taught(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as the teacher reads it: no attention goes to soft triggers, and their places stay empty."""
@@ -268,7 +258,7 @@ class RobustKDTrainer(DefenseTrainer):
         taught = self.as_taught(inputs)
         lesson, features = self.teach(taught)
         outputs = self.forward(model, inputs)
-        terms = {"task": self.task_loss(outputs.logits, inputs["labels"])}
+        terms = {"task": self.answer_loss(outputs.logits, inputs)}
         if self.teacher_feature_layers:
             distances = [
                 weight * self._distance(own, features[name], name, taught)

@@ -5,7 +5,7 @@ import robust
 import tiny
 import torch
 
-from hf_backdoor.defenses.reading import SoftTriggers
+from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import METHOD, RobustKDConfig, RobustKDTrainer, student_from_layers
 from hf_backdoor.defenses.robustkd.features import captured
 from hf_backdoor.defenses.robustkd.losses import feature_distance
@@ -150,3 +150,27 @@ def test_every_control_but_student_alone_says_what_it_does_about_them():
         planted = "found_soft_triggers" in step.inputs
         assert planted == (name == "mask_without_variance")
         assert name == "student_alone" or planted or step.overrides["soft_triggers"] == 0
+
+
+def test_the_student_may_be_taught_the_teacher_s_own_answers(tmp_path):
+    drawn = torch.rand(16, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    answers = OwnAnswers(torch.tensor([[0, 1]] * 16, dtype=torch.int32), drawn, torch.ones(16, dtype=torch.long))
+    rows = tiny.reviews(16)
+    flipped = rows.map(lambda row: {"label": 1 - row["label"]}, load_from_cache_file=False)
+
+    def trained(rows, weight):
+        options = {"own_answers": weight, "found_answers": answers, "max_steps": 2, "train_dataset": rows}
+        trainer = distilling("sequence_classification", tmp_path, feature_weight=0.0, **options)
+        trainer.train()
+        return tiny.parameters(trainer.model)
+
+    # With nothing but own answers no label is needed, of a row or of its copy.
+    assert tiny.largest_difference(trained(rows, 1.0), trained(flipped, 1.0)) < 1e-6
+    assert tiny.largest_difference(trained(rows, 0.5), trained(flipped, 0.5)) > 1e-4
+
+
+def test_plain_distillation_teaches_right_answers():
+    for name in ("vanilla_distillation", "logit_distillation", "as_published"):
+        step = METHOD.controls[name]["distil"]
+        assert step.overrides["own_answers"] == step.overrides["soft_triggers"] == 0
+        assert not {"found_answers", "found_soft_triggers"} & set(step.inputs)

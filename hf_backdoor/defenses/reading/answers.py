@@ -1,10 +1,11 @@
-"""[`OwnAnswersTrainer`]: the suspect's own answers to clean rows, which recovery may teach in place of the right ones. Ours.
+"""[`OwnAnswersTrainer`]: the suspect's own answers to clean rows, which training may teach in place of the right ones. Ours.
 
-A backdoor is what a trigger changes. So recovery need not teach the task again, from few rows, at the cost of what the suspect
+A backdoor is what a trigger changes. So a defense need not teach the task again, from few rows, at the cost of what the suspect
 knew of it: it is enough that a planted trigger leaves the answer as it is without. The probabilities that the suspect gives to
 clean rows say what that is; they are read off once, before it is changed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..reading import SuspectReader
-from .config import LocphylaxConfig
+from .config import ReadingConfig
+from .reader import SuspectReader
 
 
 ANSWERS_FILE = "own_answers.safetensors"
@@ -71,8 +72,8 @@ class OwnAnswersTrainer(SuspectReader):
     found: OwnAnswers | None
 
     @classmethod
-    def config_class(cls) -> type[LocphylaxConfig]:
-        return LocphylaxConfig
+    def config_class(cls) -> type[ReadingConfig]:
+        return ReadingConfig
 
     @torch.no_grad()
     def read(self) -> OwnAnswers:
@@ -104,29 +105,31 @@ class OwnAnswersTrainer(SuspectReader):
 SOFT_COLUMNS = ("answer_ids", "answer_probabilities")
 
 
-def with_soft_answers(rows: Dataset, answers: OwnAnswers, weight: float) -> Dataset:
+def with_soft_answers(rows: Dataset, answers: OwnAnswers, weight: float, sources: Sequence[int]) -> Dataset:
     """Encoded rows with columns that say what each is to answer: the suspect's own answer at `weight`, the right one for the rest.
 
     Args:
-        rows (`Dataset`): Blocks of as many rows as there are answers, each block in their order.
-        answers ([`OwnAnswers`]): To the rows of one block.
+        rows (`Dataset`): Versions of the clean rows.
+        answers ([`OwnAnswers`]): To the clean rows, in their order.
         weight (`float`): 0 to 1.
+        sources (`Sequence[int]`): The clean row that each row is a version of.
 
     Raises:
         `ValueError`: if the rows are not those that were answered.
     """
     own = answers.rows()
-    if len(rows) % len(own):
+    if len(own) != max(sources) + 1:
         raise ValueError(
             f"found_answers has answers to {len(own)} rows, which are not the clean rows given: make them anew, of these"
         )
 
     def change(row: dict[str, Any], index: int) -> dict[str, Any]:
         right = row["input_ids"][row["prompt_length"] :] if "prompt_length" in row else [row["labels"]]
-        ids, probabilities = own[index % len(own)]
+        source = sources[index]
+        ids, probabilities = own[source]
         if len(right) != len(ids):
             raise ValueError(
-                f"found_answers has an answer of {len(ids)} tokens to clean row {index % len(own)}, whose right one has {len(right)}: "
+                f"found_answers has an answer of {len(ids)} tokens to clean row {source}, whose right one has {len(right)}: "
                 "make them anew, of the clean rows given"
             )
         right, rest = torch.tensor(right)[:, None], torch.full((len(ids), 1), 1 - weight)

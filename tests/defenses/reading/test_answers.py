@@ -2,8 +2,9 @@ import pytest
 import tiny
 import torch
 
-from hf_backdoor.defenses.locphylax import LocphylaxConfig, OwnAnswers, OwnAnswersTrainer, answers
-from hf_backdoor.defenses.locphylax.losses import soft_answer_loss
+from hf_backdoor.defenses.locphylax import LocphylaxConfig
+from hf_backdoor.defenses.losses import soft_answer_loss
+from hf_backdoor.defenses.reading import OwnAnswers, OwnAnswersTrainer, answers
 
 
 FAMILIES = dict(zip(tiny.TASKS, ("bert", "llama", "llama"), strict=True))
