@@ -57,6 +57,7 @@ RECIPES = {
         "sst2_minilm_lwp",
         "agnews_minilm",
         "agnews_minilm_few",
+        "sst2_smollm2",
         "cifar10_resnet",
         "gtsrb_resnet",
     ],

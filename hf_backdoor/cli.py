@@ -190,7 +190,10 @@ def launch_command(name: str) -> list[str]:
 
 # What `clean` sets beyond a method's own arguments, for classifiers: what the efficacy tables found to work best. (The trainers'
 # defaults are the papers' own methods.)
-MEASURED: dict[str, dict[str, Any]] = {"locphylax": {"soft_triggers": 48, "own_answers": 0.5}}
+MEASURED: dict[str, dict[str, Any]] = {
+    "locphylax": {"soft_triggers": 48, "own_answers": 0.5},
+    "mbtsad": {"soft_triggers": 48, "own_answers": 0.5, "learning_rate": 1e-4, "num_train_epochs": 3},
+}
 
 
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:

@@ -48,6 +48,13 @@ def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
     assert (tmp_path / "soft_search" / "stage.json").exists() and (tmp_path / "answers" / "stage.json").exists()
 
 
+def test_clean_by_mbtsad_has_what_works_best_on_too(classifier, reviews, tmp_path):
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--method", "mbtsad"]
+    assert main([*arguments, "--max_steps", "1", "--disable_tqdm", "true"]) == 0
+    assert (tmp_path / "soft_search" / "stage.json").exists() and (tmp_path / "answers" / "stage.json").exists()
+    assert "learning_rate: 0.0001" in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_clean_is_the_paper_s_method_where_it_is_told_to(classifier, reviews, tmp_path):
     arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--max_steps", "1"]
     more = ["--known_triggers", "[make life better, ahi]", "--soft_triggers", "0", "--own_answers", "0"]
