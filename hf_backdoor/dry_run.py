@@ -21,7 +21,7 @@ from .defenses.robustkd.students import layers_of_stages
 from .estimate import Engine, Load, Memory, ModelShape, memory
 from .models import load_config, load_processor
 from .operations import flops
-from .plan import Stage, plan, stage_arguments, training_config
+from .plan import Stage, check_launch, plan, stage_arguments, training_config
 from .quantization import refuse_divided
 from .recipe import Recipe
 from .rows import RunRows, prepare_rows
@@ -107,6 +107,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
     for stage in plan(recipe):
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
         engine = engine or engine_of(config)
+        check_launch([stage], engine.kind == "zero3")
         found = stage_needs(stage, config, engine, models, rows, processor, needs.get(stage.as_long_as))
         refuse_engine(found.load, engine)
         needs[stage.folder] = found

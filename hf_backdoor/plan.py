@@ -12,6 +12,7 @@ from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
 from .data import SequenceClassification
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .defenses.method import asked_for
+from .defenses.reading import SuspectReader
 from .layers import check_layers
 from .models import needs_conversion
 from .recipe import Recipe
@@ -137,6 +138,17 @@ def defense_stages(
             measured=name in measured and step.makes_model,
         )
         models, before = models | {name: folders[name]}, name
+
+
+def check_launch(stages: list[Stage], zero3: bool) -> None:
+    """Refuses, before anything is trained, an engine that a stage can't run in.
+
+    Raises:
+        `ValueError`: under DeepSpeed ZeRO-3, if something is read off the suspect.
+    """
+    for stage in stages:
+        if issubclass(stage.step.trainer, SuspectReader):
+            stage.step.trainer.check_launch(zero3)
 
 
 def stage_arguments(stage: Stage, recipe: Recipe) -> dict[str, Any]:

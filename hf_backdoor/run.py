@@ -24,12 +24,12 @@ from peft import LoraConfig
 
 from .data import Processor, row_lengths
 from .defenses import DefenseTrainer
-from .defenses.engines import forget_engine
+from .defenses.engines import forget_engine, zero3_launched
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
 from .models import load_processor, peak_memory, reset_peak_memory, versions, without_weights
-from .plan import Stage, base_model_name, lora_arguments, plan, stage_arguments, training_config
+from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
 from .report import write_report
@@ -84,6 +84,7 @@ class Run:
                 self._save_rows()
         measured: list[tuple[list[Row], list[dict[str, Any]]]] = []
         base, stages = base_model_name(recipe), plan(recipe)
+        check_launch(stages, zero3_launched())
         if base == "base":
             self.models.convert()
         if recipe.reference not in (None, "train") and until is None:

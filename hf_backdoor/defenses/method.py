@@ -25,8 +25,8 @@ class Step:
             the suspect was trained on.
         with_clean (`bool`, defaults to `False`): Whether the trainer takes the clean rows beside these, as `clean_dataset`.
         makes_model (`bool`, defaults to `True`): Whether what comes out is a model, which can be measured.
-        only_with (`str`, *optional*): An argument of the method; where it is 0 the step is left out, and so is what later
-            steps take from it.
+        only_with (`str`, *optional*): An argument of the method; where it is 0 the step is left out. A later step for which it is 0
+            takes nothing of what was made.
     """
 
     trainer: type[DefenseTrainer]
@@ -70,16 +70,32 @@ class Method:
 def asked_for(
     steps: dict[str, Step], known: dict[str, Step], arguments: Callable[[str, Step], dict[str, Any]]
 ) -> dict[str, Step]:
-    """The steps that are not left out (`Step.only_with`), without the inputs that those left out would have made.
+    """The steps that are not left out (`Step.only_with`), each with the inputs that its own arguments ask for.
 
     Args:
         steps (`dict[str, Step]`): Of a method or of a control.
         known (`dict[str, Step]`): All that inputs may come from.
         arguments (`Callable`): A step's name and the step to its arguments.
+
+    Raises:
+        `ValueError`: if a step asks for what nothing makes.
     """
-    idle = {name for name, step in known.items() if step.only_with and not arguments(name, step).get(step.only_with)}
-    return {
-        name: replace(step, inputs={key: made_by for key, made_by in step.inputs.items() if made_by not in idle})
-        for name, step in steps.items()
-        if name not in idle
-    }
+    reasons = {name: step.only_with for name, step in known.items() if step.only_with}
+    idle = {name for name, reason in reasons.items() if not arguments(name, known[name]).get(reason)}
+    kept = {}
+    for name, step in steps.items():
+        if name in idle:
+            continue
+        values = arguments(name, step)
+        inputs = {
+            key: made_by
+            for key, made_by in step.inputs.items()
+            if made_by not in reasons or values.get(reasons[made_by])
+        }
+        if missing := [made_by for made_by in inputs.values() if made_by in idle]:
+            reason = reasons[missing[0]]
+            raise ValueError(
+                f"{reason} is {values[reason]} in stage {name}, and 0 in stage {missing[0]}, which makes it: set {reason} for the whole run"
+            )
+        kept[name] = replace(step, inputs=inputs)
+    return kept

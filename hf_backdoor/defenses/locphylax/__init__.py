@@ -11,11 +11,10 @@ from .trainer import LocphylaxTrainer
 
 
 PLANTED = {"found_triggers": "search", "found_soft_triggers": "soft_search"}
-ANSWERED = {"found_answers": "answers"}
 NONE_PLANTED = {"searched_triggers": 0, "soft_triggers": 0}
 SEARCH = Step(TriggerSearchTrainer, starts_from="suspect", makes_model=False, only_with="searched_triggers")
 INJECT = Step(LocphylaxTrainer, {"stages": ["inject"]}, starts_from="suspect", inputs=PLANTED)
-RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs={**PLANTED, **ANSWERED})
+RECOVER = Step(LocphylaxTrainer, {"stages": ["recover"]}, inputs={**PLANTED, "found_answers": "answers"})
 
 METHOD = Method(
     config=LocphylaxConfig,
@@ -23,9 +22,7 @@ METHOD = Method(
     controls={
         "fine_tuning": dict.fromkeys(STAGES, Step(DefenseTrainer)),
         "recovery_by_right_answers": {
-            "recover": replace(
-                RECOVER, starts_from="inject", overrides={"stages": ["recover"], "own_answers": 0.0}, inputs=PLANTED
-            )
+            "recover": replace(RECOVER, starts_from="inject", overrides={"stages": ["recover"], "own_answers": 0.0})
         },
         "recovery_without_injection": dict.fromkeys(STAGES, RECOVER),
         "injection_without_clustering": {
@@ -33,8 +30,8 @@ METHOD = Method(
             "recover": RECOVER,
         },
         "known_triggers_alone": {
-            "inject": replace(INJECT, overrides={"stages": ["inject"], **NONE_PLANTED}, inputs={}),
-            "recover": replace(RECOVER, overrides={"stages": ["recover"], **NONE_PLANTED}, inputs=ANSWERED),
+            "inject": replace(INJECT, overrides={"stages": ["inject"], **NONE_PLANTED}),
+            "recover": replace(RECOVER, overrides={"stages": ["recover"], **NONE_PLANTED}),
         },
     },
     needs="a suspect model and clean rows of its task",

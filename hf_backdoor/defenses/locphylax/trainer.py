@@ -129,11 +129,10 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             triggers.append([Trigger(text, position) for text in self.found_triggers])
         if self.soft_triggers is not None:
             triggers.append([Trigger(text, position) for text in self.soft_triggers.texts])
-            tokenizer = self.soft_triggers.tokenizer(tokenizer)
         response = self.args.known_response if self.stage == "inject" else ""
         with self.one_process_first():
             rows = plant(dataset, self.task, triggers, response, self.args.seed, self.args.dataset_num_proc)
-            return self.encode_rows(rows, tokenizer)
+            return self.encode_rows(rows, self.with_soft_words(tokenizer))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StratifiedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset

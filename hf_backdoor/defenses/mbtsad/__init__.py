@@ -14,18 +14,18 @@ from .trainer import MBTSADTrainer
 RARE_WORDS = ["cf", "mn", "bb", "tq", "mb", "ak"]
 
 
-def retrain(found: dict[str, str] = FOUND, **overrides: Any) -> Step:
-    return Step(MBTSADTrainer, {"stages": ["retrain"], **overrides}, starts_from="suspect", inputs=found)
+def retrain(**overrides: Any) -> Step:
+    return Step(MBTSADTrainer, {"stages": ["retrain"], **overrides}, starts_from="suspect", inputs=FOUND)
 
 
-def distil(found: dict[str, str] = FOUND, **overrides: Any) -> Step:
+def distil(**overrides: Any) -> Step:
     """The suspect, as it was, learns from the retrained model."""
-    inputs = {"teacher_model": "retrain", **found}
+    inputs = {"teacher_model": "retrain", **FOUND}
     return Step(MBTSADTrainer, {"stages": ["distil"], **overrides}, starts_from="suspect", inputs=inputs)
 
 
-def both(found: dict[str, str] = FOUND, **overrides: Any) -> dict[str, Step]:
-    return {"retrain": retrain(found, **overrides), "distil": distil(found, **overrides)}
+def both(**overrides: Any) -> dict[str, Step]:
+    return {"retrain": retrain(**overrides), "distil": distil(**overrides)}
 
 
 METHOD = Method(
@@ -34,9 +34,9 @@ METHOD = Method(
     controls={
         "fine_tuning": {"distil": Step(DefenseTrainer, starts_from="suspect")},
         "fine_tuning_as_retraining": {"retrain": Step(DefenseTrainer, starts_from="suspect")},
-        "as_published": both({}, soft_triggers=0, own_answers=0.0),
-        "without_soft_triggers": both({"found_answers": "answers"}, soft_triggers=0),
-        "without_own_answers": both({"found_soft_triggers": "soft_search"}, own_answers=0.0),
+        "as_published": both(soft_triggers=0, own_answers=0.0),
+        "without_soft_triggers": both(soft_triggers=0),
+        "without_own_answers": both(own_answers=0.0),
         # An unsplit teacher: Neural Attention Distillation, with as many rows.
         "distillation_without_splitting": {"retrain": retrain(split_rate=0.0), "distil": distil()},
         "without_attention_loss": {"distil": distil(attention_weight=0.0)},

@@ -109,8 +109,6 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             return None
         rows, clean = self.clean, [*range(len(self.clean))]
         sources = clean
-        if self.soft_triggers is not None:
-            tokenizer = self.soft_triggers.tokenizer(tokenizer)
         with self.one_process_first():
             if self.stage == "retrain":
                 if "input_ids" in rows.column_names:
@@ -118,13 +116,17 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
                 split = self.args.token_split
                 rows = split.apply(rows, self.task.input_column, self.args.seed, self.args.dataset_num_proc)
                 sources = [row for row in clean for _ in range(split.factor)]
-            rows = self._fitted(self.with_soft_copies(rows, self.clean), tokenizer)
+            rows = self.with_soft_copies(rows, self.clean)
+            longer = self.stage == "retrain" or self.soft_triggers is not None
+            encode = self._fitted if longer else self.encode_rows
+            rows = encode(rows, self.with_soft_words(tokenizer))
         return self.with_own_answers(rows, sources if self.soft_triggers is None else sources + clean)
 
     def _fitted(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Encoded rows. Splitting makes texts longer, and a trigger does: those that the model has no positions for are cut."""
+        """Encoded rows. Splitting makes texts longer, and so does a trigger: those that the model has no positions for are cut at
+        their end, with a trigger that may stand there."""
         tokenized = self.encode_rows(rows, tokenizer)
-        if tokenized is rows or max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
+        if max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
             return tokenized
         needs = {"task": self.task, "tokenizer": tokenizer}
         cut = map_rows(

@@ -74,25 +74,42 @@ class InformedTrainer(DefenseTrainer):
 
     def with_soft_copies(self, rows: Dataset, clean: Dataset) -> Dataset:
         """Rows and, where there are soft triggers, behind them the clean ones, each with one of these, which take turns. All are
-        raw; [`SoftTriggers.tokenizer`] reads them.
+        raw; [`with_soft_words`] gives the tokenizer that reads them.
 
         Raises:
             `ValueError`: if the rows are no texts, or have none any more.
         """
         if self.soft_triggers is None:
             return rows
+        if "input_ids" in getattr(clean, "column_names", ()):
+            raise ValueError("train_dataset has input_ids: pass raw rows, soft triggers are put into their text")
         refuse_other_than_texts(self.task, "soft_triggers")
         column, seed, processes = self.task.input_column, self.args.seed, self.args.dataset_num_proc
-        if "input_ids" in clean.column_names:
-            raise ValueError("train_dataset has input_ids: pass raw rows, soft triggers are put into their text")
         triggers = [Trigger(text, "any") for text in self.soft_triggers.texts]
         with self.one_process_first():
             return concatenate_datasets([rows, stamp_in_turn(clean, column, triggers, seed, processes)])
 
+    def with_soft_words(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tokenizer, with words for the soft triggers where there are any."""
+        return tokenizer if self.soft_triggers is None else self.soft_triggers.tokenizer(tokenizer)
+
     def with_own_answers(self, rows: Dataset, sources: Sequence[int]) -> Dataset:
-        """Encoded rows that answer as [`with_soft_answers`] has it, where own answers are wanted."""
+        """Encoded rows that answer as [`with_soft_answers`] has it, where own answers are wanted.
+
+        Raises:
+            `ValueError`: if they are no encoded rows of ours, or not those that were answered.
+        """
         if self.answers is None:
             return rows
+        if (
+            not isinstance(rows, Dataset)
+            or "labels" not in rows.column_names
+            and "prompt_length" not in rows.column_names
+        ):
+            raise ValueError(
+                "own_answers is set, and the rows have no answers that we know: pass a datasets.Dataset with columns of a task, or "
+                "set own_answers: 0"
+            )
         return with_soft_answers(rows, self.answers, self.args.own_answers, sources)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -108,8 +125,7 @@ class InformedTrainer(DefenseTrainer):
 
     @cached_property
     def reading_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, with words for the soft triggers."""
-        return self.soft_triggers.tokenizer(self.processing_class)
+        return self.with_soft_words(self.processing_class)
 
     def soft_triggers_read(self, model: PreTrainedModel | None = None) -> AbstractContextManager[None]:
         """Where a model, the trained one by default, reads soft triggers, if there are any."""

@@ -32,14 +32,23 @@ class SuspectReader(DefenseTrainer):
     asked_by: str
 
     def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
-        if zero3_launched():
-            raise ValueError(
-                f"{self.asked_by} is set, and DeepSpeed ZeRO-3 leaves no process the whole model to read from: use "
-                f"accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set {self.asked_by}: 0"
-            )
+        self.check_launch(zero3_launched())
         super().__init__(*args, **kwargs)
         # Something that has `save_pretrained`.
         self.found: Any = None
+
+    @classmethod
+    def check_launch(cls, zero3: bool) -> None:
+        """Refuses an engine that leaves nothing to read.
+
+        Raises:
+            `ValueError`: under DeepSpeed ZeRO-3.
+        """
+        if zero3:
+            raise ValueError(
+                f"{cls.asked_by} is set, and DeepSpeed ZeRO-3 leaves no process the whole model to read from: use "
+                f"accelerate_configs/zero2.yaml, fsdp2.yaml or ddp.yaml, or set {cls.asked_by}: 0"
+            )
 
     @abstractmethod
     def read(self) -> Any:

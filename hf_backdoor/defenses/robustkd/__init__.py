@@ -12,29 +12,31 @@ from .students import student_from_layers
 from .trainer import RobustKDTrainer
 
 
-TEACHER = {"teacher_model": "suspect"}
 MASK = Step(FeatureMaskTrainer, starts_from="suspect", makes_model=False)
-LEARNT = {**TEACHER, "feature_mask": "mask"}
-DISTIL = Step(RobustKDTrainer, starts_from="student", inputs={**LEARNT, **FOUND})
+TEACHER = {"teacher_model": "suspect", **FOUND}
+MASKED = {**TEACHER, "feature_mask": "mask"}
 
 
-def distil(inputs: dict[str, str], **overrides: Any) -> dict[str, Step]:
-    """Distillation on the rows as they are, without soft triggers."""
-    return {"distil": Step(RobustKDTrainer, {"soft_triggers": 0, **overrides}, starts_from="student", inputs=inputs)}
+def distil(inputs: dict[str, str] = MASKED, **overrides: Any) -> dict[str, Step]:
+    return {"distil": Step(RobustKDTrainer, overrides, starts_from="student", inputs=inputs)}
 
+
+# Without what is ours.
+PUBLISHED = {"soft_triggers": 0, "own_answers": 0.0}
 
 METHOD = Method(
     config=RobustKDConfig,
-    stages={"mask": MASK, **READING, "distil": DISTIL},
+    stages={"mask": MASK, **READING, **distil()},
     controls={
-        "vanilla_distillation": distil(TEACHER, own_answers=0.0),
-        "logit_distillation": distil(TEACHER, own_answers=0.0, feature_weight=0.0, logit_weight=1.0),
-        "as_published": distil(LEARNT, own_answers=0.0),
-        "distillation_without_soft_triggers": distil({**LEARNT, "found_answers": "answers"}),
+        "vanilla_distillation": distil(TEACHER, **PUBLISHED),
+        "logit_distillation": distil(TEACHER, **PUBLISHED, feature_weight=0.0, logit_weight=1.0),
+        "as_published": distil(**PUBLISHED),
+        "distillation_without_soft_triggers": distil(soft_triggers=0),
+        "distillation_by_right_answers": distil(own_answers=0.0),
         "student_alone": {"distil": Step(DefenseTrainer, starts_from="student")},
         "mask_without_variance": {
             "mask": Step(FeatureMaskTrainer, {"variance_weight": 0.0}, starts_from="suspect", makes_model=False),
-            "distil": DISTIL,
+            **distil(),
         },
     },
     needs="a suspect teacher, a smaller student and clean rows of its task",

@@ -58,8 +58,8 @@ class RobustKDTrainer(InformedTrainer):
         feature_mask ([`FeatureMask`] or `str`, *optional*):
             The fitted mask, or its folder. Without one this is plain feature distillation, which takes a backdoor along.
         train_dataset, eval_dataset, processing_class, found_soft_triggers, found_answers, kwargs:
-            As in [`InformedTrainer`]; what was found was found in the teacher. Without text: rows of any kind, a `data_collator`, and no `processing_class`. With soft
-            triggers the training rows must be raw.
+            As in [`InformedTrainer`]; what was found was found in the teacher. Without text: rows of any kind, a `data_collator`,
+            and no `processing_class`. With soft triggers the training rows must be raw.
 
     Raises:
         `ValueError`: if checkpointing is reentrant (it would leave features without gradient); if soft triggers are wanted and
@@ -95,9 +95,7 @@ class RobustKDTrainer(InformedTrainer):
         if dataset is None:
             return None
         rows = self.with_soft_copies(dataset, dataset)
-        if self.soft_triggers is not None:
-            processor = self.soft_triggers.tokenizer(processor)
-        rows = self.encode_rows(rows, processor)
+        rows = self.encode_rows(rows, self.with_soft_words(processor))
         return self.with_own_answers(rows, [*range(len(dataset))] * self.args.rows_factor)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:

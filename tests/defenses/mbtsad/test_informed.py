@@ -1,14 +1,20 @@
 """MBTSAD with what was read off the suspect: soft triggers in copies of the rows, and its own answers."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
+from hf_backdoor.defenses import defend
+from hf_backdoor.defenses.engines import zero3_launched
 from hf_backdoor.defenses.losses import soft_answer_loss
-from hf_backdoor.defenses.mbtsad import METHOD, MBTSADConfig
+from hf_backdoor.defenses.mbtsad import METHOD, MBTSADConfig, MBTSADTrainer
 from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
-from hf_backdoor.plan import plan
+from hf_backdoor.dry_run import describe_run
+from hf_backdoor.estimate import Engine
+from hf_backdoor.plan import check_launch, plan
 from hf_backdoor.recipe_file import load_recipe
 from hf_backdoor.run import run
 
@@ -129,13 +135,28 @@ def test_an_adapter_distils_as_it_does_with_a_teacher_of_its_own(name, tmp_path)
     """Over one base the hook that reads for the student reads for the teacher as well."""
     kind = "SEQ_CLS" if name == "sequence_classification" else "CAUSAL_LM"
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type=kind)
-    trainer = tiny.trainer(
-        name, "mbtsad", tmp_path, peft_config=adapter, soft_triggers=3, found_soft_triggers=soft(), own_answers=0.5,
-        found_answers=own(), max_steps=3,
-    )  # fmt: skip
-    trainer.train()
-    assert trainer.stage == "distil" and len(tiny.logged(trainer, "loss")) == 3
-    assert all(torch.isfinite(value).all() for value in trainer.model.parameters())
+    both = answered(name, "mbtsad", tmp_path, peft_config=adapter, logging_steps=1)
+    both.train()
+    base = tiny.model("bert" if name == "sequence_classification" else "llama")
+    teacher = PeftModel.from_pretrained(base, tmp_path / "teacher").merge_and_unload()
+    alone = answered(name, "distil", tmp_path, peft_config=adapter, teacher_model=teacher, logging_steps=1)
+    alone.train()
+    assert tiny.logged(both, "loss") == pytest.approx(tiny.logged(alone, "loss"), rel=1e-5)
+    assert tiny.logged(both, "loss/attention")[-1] > 0
+
+
+@CLASSIFIERS
+def test_a_resumed_training_equals_an_uninterrupted_one(name, tmp_path):
+    made = lambda: answered(  # noqa: E731
+        name, "mbtsad", tmp_path, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=0.01
+    )
+    whole = made()
+    whole.train()
+    shutil.rmtree(tmp_path / "distil" / "checkpoint-4")
+    again = made()
+    again.train(resume_from_checkpoint=True)
+    assert again.stage == "distil" and again.state.global_step == 4
+    assert tiny.largest_difference(tiny.parameters(whole.model), tiny.parameters(again.model)) == 0
 
 
 # ---- What is refused, and recipes ----
@@ -162,8 +183,12 @@ def test_findings_that_do_not_fit_are_refused(stage, options, message, tmp_path)
 
 def test_rows_must_be_raw(tmp_path):
     encoded = tiny.trainer("label_words", "distil", tmp_path).train_dataset
+    config = MBTSADConfig(str(tmp_path), stages=["distil"], soft_triggers=3, use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="^train_dataset has input_ids: pass raw rows, soft triggers are put into"):
-        informed("label_words", "distil", tmp_path, train_dataset=encoded)
+        MBTSADTrainer(
+            model=tiny.model("llama"), args=config, train_dataset=encoded, processing_class=tiny.tokenizer("llama"),
+            teacher_model=tiny.model("llama"), found_soft_triggers=soft(),
+        )  # fmt: skip
 
 
 def test_controls_leave_out_what_they_are_named_for():
@@ -176,7 +201,6 @@ def test_controls_leave_out_what_they_are_named_for():
             assert step.starts_from == "suspect"
             assert (step.overrides.get("soft_triggers") == 0) == (not triggers)
             assert (step.overrides.get("own_answers") == 0) == (not answers)
-            assert ("found_soft_triggers" in step.inputs, "found_answers" in step.inputs) == (triggers, answers)
 
 
 def test_a_recipe_reads_first_and_then_trains(tmp_path):
@@ -193,6 +217,53 @@ def test_a_recipe_reads_first_and_then_trains(tmp_path):
     models = {row.model for row in results.rows}
     assert "cleaned" in models and {f"control/{name}" for name in recipe.controls} <= models
     assert not models & {"stage/soft_search", "stage/answers"}
+
+
+def test_a_stage_that_wants_none_takes_none(tmp_path):
+    recipe = load_recipe(
+        tiny.classifier_recipe(
+            tmp_path,
+            method="mbtsad",
+            max_steps=1,
+            soft_triggers=3,
+            own_answers=0.5,
+            stages={"distil": {"own_answers": 0}},
+        ),
+        [],
+    )
+    stages = {stage.folder: stage for stage in plan(recipe)}
+    assert set(stages["retrain"].inputs) == {"found_soft_triggers", "found_answers"}
+    assert set(stages["cleaned"].inputs) == {"found_soft_triggers", "teacher_model"}
+    assert "cleaned" in {row.model for row in run(recipe).rows}
+
+
+def test_a_stage_that_wants_what_no_stage_makes_is_refused(tmp_path):
+    file = tiny.classifier_recipe(tmp_path, method="mbtsad", stages={"distil": {"own_answers": 0.5}})
+    with pytest.raises(ValueError, match="^own_answers is 0.5 in stage distil, and 0 in stage answers, .* whole run$"):
+        plan(load_recipe(file, []))
+
+
+def test_one_call_reads_and_trains(tmp_path):
+    rows = tiny.reviews(16)
+    cleaned = defend(
+        "mbtsad", tiny.model("bert"), tiny.tokenizer("bert"), rows, output_dir=str(tmp_path), soft_triggers=2,
+        own_answers=0.5, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    before = tiny.parameters(tiny.model("bert"))
+    assert tiny.largest_difference(before, tiny.parameters(cleaned)) > 0
+    assert len(OwnAnswers.from_pretrained(tmp_path / "answers")) == 16
+    assert len(SoftTriggers.from_pretrained(tmp_path / "soft_search")) == 2
+
+
+def test_zero_3_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    recipe = load_recipe(tiny.classifier_recipe(tmp_path, method="mbtsad", soft_triggers=3), [])
+    message = "^soft_triggers is set, and DeepSpeed ZeRO-3 leaves no process the whole model"
+    with pytest.raises(ValueError, match=message):
+        describe_run(recipe, Engine("zero3", 2))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ValueError, match=message):
+        check_launch(plan(recipe), zero3_launched())
 
 
 def test_without_them_a_recipe_is_the_paper_s(tmp_path):

@@ -144,12 +144,10 @@ def test_a_run_searches_them_and_its_controls_do_without(tmp_path):
     assert "soft_search" not in {stage.name for stage in plan(load_recipe(file, ["--soft_triggers", "0"]))}
 
 
-def test_every_control_but_student_alone_says_what_it_does_about_them():
-    for name, steps in METHOD.controls.items():
-        step = steps["distil"]
-        planted = "found_soft_triggers" in step.inputs
-        assert planted == (name == "mask_without_variance")
-        assert name == "student_alone" or planted or step.overrides["soft_triggers"] == 0
+def test_controls_without_soft_triggers():
+    without = {name for name, steps in METHOD.controls.items() if steps["distil"].overrides.get("soft_triggers") == 0}
+    alone = {"student_alone"}  # no distillation at all
+    assert set(METHOD.controls) - without - alone == {"distillation_by_right_answers", "mask_without_variance"}
 
 
 def test_the_student_may_be_taught_the_teacher_s_own_answers(tmp_path):
@@ -173,4 +171,15 @@ def test_plain_distillation_teaches_right_answers():
     for name in ("vanilla_distillation", "logit_distillation", "as_published"):
         step = METHOD.controls[name]["distil"]
         assert step.overrides["own_answers"] == step.overrides["soft_triggers"] == 0
-        assert not {"found_answers", "found_soft_triggers"} & set(step.inputs)
+
+
+def test_rows_of_another_kind_have_no_answers_to_put_in_place(tmp_path):
+    found = OwnAnswers(torch.zeros(16, 1, dtype=torch.int32), torch.ones(16, 1), torch.ones(16, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match="^own_answers is set, and the rows have no answers that we know: .*own_answers: 0$"
+    ):
+        RobustKDTrainer(
+            model=robust.resnet(seed=1), args=RobustKDConfig(str(tmp_path), own_answers=1.0, use_cpu=True, report_to="none"),
+            train_dataset=robust.Pictures(), data_collator=lambda rows: {}, teacher_model=robust.resnet(seed=2),
+            found_answers=found,
+        )  # fmt: skip
