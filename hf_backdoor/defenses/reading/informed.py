@@ -101,11 +101,7 @@ class InformedTrainer(DefenseTrainer):
         """
         if self.answers is None:
             return rows
-        if (
-            not isinstance(rows, Dataset)
-            or "labels" not in rows.column_names
-            and "prompt_length" not in rows.column_names
-        ):
+        if not isinstance(rows, Dataset) or {"labels", "prompt_length"}.isdisjoint(rows.column_names):
             raise ValueError(
                 "own_answers is set, and the rows have no answers that we know: pass a datasets.Dataset with columns of a task, or "
                 "set own_answers: 0"
