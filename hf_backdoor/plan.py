@@ -1,12 +1,13 @@
 """What a recipe comes down to: its trainings, in order, each from one folder into another."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
 from .data import SequenceClassification
@@ -16,6 +17,9 @@ from .defenses.reading import SuspectReader
 from .layers import check_layers
 from .models import needs_conversion
 from .recipe import Recipe
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def _stages(recipe: Recipe) -> list[Stage]:
     shown = {name: f"stage/{name}" for name in steps} | {last: "cleaned"}
     folders = {name: name for name in steps} | {last: "cleaned"}
     measured = {name for name in steps if recipe.evaluate_stages} | {last}
-    stages += defense_stages(steps, given, folders, shown, measured)
+    own_stages = list(defense_stages(steps, given, folders, shown, measured))
+    stages += own_stages
     for control in recipe.controls:
         steps = taken(method.controls[control])
         if not steps:
@@ -90,10 +95,31 @@ def _stages(recipe: Recipe) -> list[Stage]:
             raise ValueError(
                 f"controls has {control!r}, of which nothing is left where {' and '.join(keys)} is 0: take it out, or set {keys[0]}"
             )
+        if last in steps:
+            # Where its ingredient is off already, it would be the method once more, under another name.
+            in_its_place = defense_stages(steps, given | folders, folders, shown, measured)
+            if all(any(_same(stage, own, recipe) for own in own_stages) for stage in in_its_place):
+                logger.warning_once(
+                    f"controls has {control!r}, which is the method itself by this recipe's arguments: left out"
+                )
+                continue
         own = {name: f"controls/{control}/{name}" for name in steps}
-        shown = dict.fromkeys(steps, f"control/{control}")
-        stages += defense_stages(steps, given | folders, own, shown, {list(steps)[-1]}, folders)
+        shown_as = dict.fromkeys(steps, f"control/{control}")
+        stages += defense_stages(steps, given | folders, own, shown_as, {list(steps)[-1]}, folders)
     return stages
+
+
+def _same(stage: Stage, other: Stage, recipe: Recipe) -> bool:
+    """Whether two stages train the same: what a step changes may be what the recipe has, or the default, anyway."""
+    plain = [replace(each, step=Step(each.step.trainer)) for each in (stage, other)]
+    if plain[0] != plain[1]:
+        return False
+    mine, others = (stage_arguments(each, recipe) for each in (stage, other))
+    default = stage.step.trainer.config_class()
+    return all(
+        mine.get(key, getattr(default, key, None)) == others.get(key, getattr(default, key, None))
+        for key in mine | others
+    )
 
 
 def attack_stage(recipe: Recipe, base: str) -> Stage:

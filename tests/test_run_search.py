@@ -28,15 +28,29 @@ def recipe(tmp_path):
 def test_what_was_not_asked_for_is_not_planned(recipe):
     searched = {stage.folder: stage.inputs for stage in plan(recipe(3))}
     plain = {stage.folder: stage.inputs for stage in plan(recipe(0))}
-    assert set(searched) - set(plain) == {"search"}
+    alone = {f"controls/known_triggers_alone/{stage}" for stage in ("inject", "recover")}
+    assert set(searched) - set(plain) == {"search", *alone}  # without one, the known triggers alone are the method
     assert not any(plain.values())
     soft = {stage.folder: stage.inputs for stage in plan(recipe(0, 2))}
-    assert set(soft) - set(plain) == {"soft_search"}
+    assert set(soft) - set(plain) == {"soft_search", *alone}
     assert soft["inject"] == soft["cleaned"] == {"found_soft_triggers": "soft_search"}
     found = {"found_triggers": "search"}
     assert {folder for folder, inputs in searched.items() if inputs == found} == {
         "inject", "cleaned", "controls/recovery_without_injection/inject", "controls/recovery_without_injection/recover",
     }  # fmt: skip
+
+
+def test_a_control_whose_ingredient_is_off_is_the_method_and_left_out(recipe):
+    def controls(*searched, **arguments):
+        asked = recipe(*searched)
+        asked.controls = [*CONTROLS, "recovery_by_right_answers"]
+        asked.training |= arguments
+        return {stage.folder.split("/")[1] for stage in plan(asked) if stage.folder.startswith("controls/")}
+
+    assert controls(0) == {"recovery_without_injection"}
+    assert controls(0, own_answers=0.0) == {"recovery_without_injection"}
+    assert controls(0, 2) == controls(3) == set(CONTROLS)
+    assert controls(0, own_answers=0.5) == {"recovery_without_injection", "recovery_by_right_answers"}
 
 
 def test_a_run_plants_what_it_found(recipe):
