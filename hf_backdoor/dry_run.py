@@ -13,7 +13,6 @@ from .data import Processor
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
 from .defenses.mbtsad import MBTSADTrainer
-from .defenses.ntml.classes import refuse_zero3
 from .defenses.reading import SuspectReader
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 from .defenses.robustkd.features import NUM_LAYERS
@@ -109,7 +108,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         engine = engine or engine_of(config)
         check_launch([stage], engine.kind == "zero3")
         found = stage_needs(stage, config, engine, models, rows, processor, needs.get(stage.as_long_as))
-        refuse_engine(found.load, engine)
+        refuse_quantized(found.load.quantization, engine)
         needs[stage.folder] = found
         lines += describe_stage(found)
     if needs:
@@ -227,17 +226,6 @@ def engine_of_settings(values: dict[str, Any]) -> Engine:
 
 def zero_engine(stage: int | str, processes: int, offload_device: str | None) -> Engine:
     return Engine("zero3" if int(stage) == 3 else "zero2", processes, offload_device not in (None, "none"))
-
-
-def refuse_engine(load: Load, engine: Engine) -> None:
-    """Refuses what a run in this engine refuses.
-
-    Raises:
-        `ValueError`: if weights that are quantized, or two whole models at once, would be divided among processes.
-    """
-    refuse_quantized(load.quantization, engine)
-    if load.networks > 1 and engine.kind == "zero3":
-        refuse_zero3()
 
 
 def refuse_quantized(quantization: str | None, engine: Engine) -> None:

@@ -13,7 +13,6 @@ from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
 from .data import SequenceClassification
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .defenses.method import asked_for
-from .defenses.reading import SuspectReader
 from .layers import check_layers
 from .models import needs_conversion
 from .recipe import Recipe
@@ -170,11 +169,10 @@ def check_launch(stages: list[Stage], zero3: bool) -> None:
     """Refuses, before anything is trained, an engine that a stage can't run in.
 
     Raises:
-        `ValueError`: under DeepSpeed ZeRO-3, if something is read off the suspect.
+        `ValueError`: under DeepSpeed ZeRO-3, if something is read off the suspect, or two whole models are trained at once.
     """
     for stage in stages:
-        if issubclass(stage.step.trainer, SuspectReader):
-            stage.step.trainer.check_launch(zero3)
+        stage.step.trainer.check_launch(zero3)
 
 
 def stage_arguments(stage: Stage, recipe: Recipe) -> dict[str, Any]:

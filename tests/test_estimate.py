@@ -32,6 +32,7 @@ from hf_backdoor.estimate import Engine, Load, ModelShape, memory
 from hf_backdoor.operations import flops
 from hf_backdoor.plan import plan, stage_arguments, training_config
 from hf_backdoor.recipe_file import load_recipe, make_recipe
+from hf_backdoor.run import Run
 
 
 TOLERANCE = 0.15
@@ -447,7 +448,7 @@ def test_engines_of_the_shipped_configurations(name, kind, offload):
     assert (engine.processes > 1) == (kind != "single")
 
 
-def test_a_dry_run_refuses_what_the_engine_can_not_run(tmp_path):
+def test_what_the_engine_can_not_run_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "model")
     tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
     for name, count in (("train", 24), ("test", 6)):
@@ -461,6 +462,10 @@ def test_a_dry_run_refuses_what_the_engine_can_not_run(tmp_path):
     assert "NTMLTrainer" in describe_run(recipe, Engine("zero2", 2))
     with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
         describe_run(recipe, Engine("zero3", 2))
+    monkeypatch.setattr("hf_backdoor.run.zero3_launched", lambda: True)
+    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
+        Run(recipe).execute()
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
 
 
 def test_the_engine_of_this_process(tmp_path, monkeypatch):

@@ -53,6 +53,12 @@ class DefenseConfig(TrainingArguments):
         super().__post_init__()
 
     @property
+    def reentrant(self) -> bool:
+        """Whether blocks are run again in the backward pass in the old way, without a graph in the forward pass."""
+        kwargs = self.activation_checkpointing_kwargs or {}
+        return bool(self.activation_checkpointing and kwargs.get("use_reentrant"))
+
+    @property
     def rows_factor(self) -> int:
         """Rows that the first stage trains on for each row it is given."""
         return 1

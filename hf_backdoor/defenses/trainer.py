@@ -125,6 +125,10 @@ class DefenseTrainer(Trainer):
     def config_class(cls) -> type[DefenseConfig]:
         return DefenseConfig
 
+    @classmethod
+    def check_launch(cls, zero3: bool) -> None:
+        """Raises `ValueError` for an engine that this training can't run in: asked before any training of a run. Override."""
+
     # ---- Before training: a method that plants something overrides these ----
 
     def prepare_model(self, model: PreTrainedModel) -> None:
@@ -134,18 +138,16 @@ class DefenseTrainer(Trainer):
         """What is trained: the model, or an adapter in it. A method that trains two networks at once overrides this."""
         return model if peft_config is None else get_peft_model(model, peft_config)
 
-    @property
-    def reentrant(self) -> bool:
-        """Whether blocks are run again in the backward pass in the old way, without a graph in the forward pass."""
-        kwargs = self.args.activation_checkpointing_kwargs or {}
-        return bool(self.args.activation_checkpointing and kwargs.get("use_reentrant"))
-
     def _check_checkpointing(self) -> None:
         """Run again in the old way, a block has gradients only if what goes into it has: with frozen embeddings, none.
         transformers asks for them at token embeddings, not at an image's."""
         networks = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
         images = any(network.main_input_name != "input_ids" for network in networks)
-        if self.reentrant and images and not all(parameter.requires_grad for parameter in self.model.parameters()):
+        if (
+            self.args.reentrant
+            and images
+            and not all(parameter.requires_grad for parameter in self.model.parameters())
+        ):
             raise ValueError(
                 "activation_checkpointing_kwargs has use_reentrant: true, which leaves blocks above frozen weights without "
                 "gradient: set use_reentrant: false"

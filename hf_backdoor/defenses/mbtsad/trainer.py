@@ -56,8 +56,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if self.args.activation_checkpointing and reentrant:
+        if self.args.reentrant:
             raise ValueError(
                 "activation_checkpointing_kwargs has use_reentrant: true, which leaves the attention loss without "
                 "gradient: set use_reentrant: false"

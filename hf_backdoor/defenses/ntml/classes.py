@@ -12,27 +12,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
-from ..engines import zero3_launched
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
 
 
 def refuse_run(task: Task) -> None:
-    """Refuses, before anything is trained, what a run of all stages could not do.
+    """Refuses, before anything is trained, a task that a run of all stages could not do.
 
     Raises:
-        `ValueError`: if answers are free texts, if there are two classes only, or under DeepSpeed ZeRO-3.
+        `ValueError`: if answers are free texts, or if there are two classes only.
     """
     refuse_unfit(task, getattr(task, "num_labels", 0))
-    if zero3_launched():
-        refuse_zero3()
-
-
-def refuse_zero3() -> None:
-    raise ValueError(
-        "the engine is DeepSpeed ZeRO-3, which can't train two whole models at once: use ZeRO-2, DDP or FSDP, or two adapters in "
-        "one model"
-    )
 
 
 def refuse_unfit(task: Task | None, num_labels: int) -> None:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ...data import Processor, stamp
 from ..trainer import base_model
-from .classes import ClassTrainer, feature_states, refuse_zero3
+from .classes import ClassTrainer, feature_states
 from .losses import feature_loss, non_target_loss, prediction_loss
 from .pair import NETWORKS, AdapterPair, ModelPair, Pair, has_both_adapters
 from .suspicion import suspicion_table
@@ -138,6 +138,15 @@ class NTMLTrainer(ClassTrainer):
         if self.args.label_names is None:
             self.label_names = ["labels"]
 
+    @classmethod
+    def check_launch(cls, zero3: bool) -> None:
+        """Two whole models at once are refused under DeepSpeed ZeRO-3."""
+        if zero3:
+            raise ValueError(
+                "the engine is DeepSpeed ZeRO-3, which can't train two whole models at once: use ZeRO-2, DDP or FSDP, or two "
+                "adapters in one model"
+            )
+
     def trained_model(self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> Pair:
         evaluated = "target" if self.args.product == "target" else "non_target"
         if self.target_model is None and has_both_adapters(model):
@@ -152,8 +161,7 @@ class NTMLTrainer(ClassTrainer):
                 "target_model is None: pass the network that was trained on the suspect rows, or its folder (or a "
                 "PeftModel with adapters 'target' and 'non_target' as model)"
             )
-        if is_deepspeed_zero3_enabled():
-            refuse_zero3()
+        self.check_launch(is_deepspeed_zero3_enabled())
         target = self.target_model
         if isinstance(target, str):
             own = base_model(model)

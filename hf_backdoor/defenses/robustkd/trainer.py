@@ -77,7 +77,7 @@ class RobustKDTrainer(InformedTrainer):
         self.feature_mask = feature_mask
         self.connectors = nn.ModuleList()
         super().__init__(*args, **kwargs)
-        if self.reentrant and self.args.feature_weight:
+        if self.args.reentrant and self.args.feature_weight:
             raise ValueError(
                 "activation_checkpointing_kwargs has use_reentrant: true, which leaves features from inside of a block without "
                 "gradient: set use_reentrant: false"

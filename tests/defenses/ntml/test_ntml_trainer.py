@@ -315,11 +315,3 @@ def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
 def test_the_second_network_of_a_control_is_not_the_first_once_more():
     step = ntml.METHOD.controls["mutual_without_non_target"]["non_target"]
     assert step.trainer is DefenseTrainer and step.overrides["seed"] != NTMLConfig("x", use_cpu=True).seed
-
-
-def test_a_run_under_zero_3_is_refused_before_anything_is_trained(monkeypatch):
-    ntml.METHOD.refuse(SequenceClassification(4))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
-        ntml.METHOD.refuse(SequenceClassification(4))
