@@ -2,7 +2,8 @@
 
 A backdoor is what a trigger changes. So a defense need not teach the task again, from few rows, at the cost of what the suspect
 knew of it: it is enough that a planted trigger leaves the answer as it is without. The probabilities that the suspect gives to
-clean rows say what that is; they are read off once, before it is changed.
+clean rows say what that is; they are read off once, before it is changed. One thing in them shows on clean rows, and is put right:
+poisoned rows have taught it to expect their target too often ([`aligned`]).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...data import InstructionFollowing
 from .config import ReadingConfig
 from .reader import SuspectReader
 
@@ -23,6 +25,9 @@ ANSWERS_FILE = "own_answers.safetensors"
 
 # Of an answer token's distribution the largest probabilities are kept, and scaled so that they sum to 1.
 KEPT = 16
+
+# Rounds of alignment; on SST-2 and AG News it has settled after ten.
+ROUNDS = 100
 
 
 class OwnAnswers:
@@ -56,9 +61,33 @@ class OwnAnswers:
         return cls(**load_file(Path(folder, ANSWERS_FILE)))
 
 
+def aligned(answers: OwnAnswers, right: Tensor) -> OwnAnswers:
+    """Answers that give each class as often as it is right.
+
+    Each class's logit is shifted by one number, the same in all rows: the one with which its mean probability is its share of the
+    right answers (a logit adjustment, https://huggingface.co/papers/2007.07314, by what shows on the rows themselves).
+
+    Args:
+        answers ([`OwnAnswers`]): As the suspect gave them.
+        right (`Tensor`): [S], the right class (or label word's token) at each place.
+    """
+    classes, counts = right.unique(return_counts=True)
+    shares = counts / len(right)
+    matches = answers.ids[..., None] == classes  # [S, k, K]
+    known, index = matches.any(dim=-1), matches.int().argmax(dim=-1)
+    shift = torch.zeros(len(classes))
+    for _ in range(ROUNDS):
+        shifted = answers.probabilities * torch.where(known, shift[index].exp(), 1.0)
+        shifted = shifted / shifted.sum(dim=-1, keepdim=True)
+        mean = torch.zeros(len(classes)).index_add(0, index[known], shifted[known]) / len(right)
+        shift += (shares / mean.clamp(min=1e-9)).log()
+    return OwnAnswers(answers.ids, shifted, answers.lengths)
+
+
 class OwnAnswersTrainer(SuspectReader):
     """
-    Reads a suspect's own answers to clean rows off it; trains nothing. [`found`] holds them after `train()`.
+    Reads a suspect's own answers to clean rows off it, with the classes' shares put right ([`aligned`]; free answers stay as they
+    are); trains nothing. [`found`] holds them after `train()`.
 
     Args:
         model, args, train_dataset, processing_class, kwargs:
@@ -84,21 +113,23 @@ class OwnAnswersTrainer(SuspectReader):
             desc="Reading answers",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        ids, probabilities, lengths = [], [], []
+        ids, probabilities, lengths, right = [], [], [], []
         for start in progress:
             features = [rows[row] for row in range(start, min(start + size, len(rows)))]
             batch = self._prepare_inputs(self.data_collator(features))
             logits, labels = self.forward(self.model, batch).logits, batch["labels"]
             if labels.dim() == 2:  # the answer's tokens, row by row
                 answer = labels != -100
-                logits = logits[:, :-1][answer]
+                logits, labels = logits[:, :-1][answer], labels[answer]
                 lengths.append(answer.sum(dim=1))
             else:
                 lengths.append(torch.ones_like(labels))
             likeliest = logits.float().softmax(dim=-1).topk(min(KEPT, logits.shape[-1]))
             ids.append(likeliest.indices.int())
             probabilities.append(likeliest.values / likeliest.values.sum(dim=-1, keepdim=True))
-        return OwnAnswers(*(torch.cat(parts).cpu() for parts in (ids, probabilities, lengths)))
+            right.append(labels)
+        answers = OwnAnswers(*(torch.cat(parts).cpu() for parts in (ids, probabilities, lengths)))
+        return answers if isinstance(self.task, InstructionFollowing) else aligned(answers, torch.cat(right).cpu())
 
 
 # What a row's answer is to be: ids, and the probability of each, [A][k].

@@ -57,6 +57,7 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_each_distribution_s_cross_en
 @pytest.mark.parametrize("name", tiny.TASKS)
 def test_what_is_read_is_what_the_model_says(name, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "KEPT", 3)
+    monkeypatch.setattr(answers, "aligned", lambda found, right: found)
     trainer = read_off(name, tmp_path)
     assert len(trainer.found) == 16
     for row, (ids, probabilities) in zip(trainer.clean, trainer.found.rows(), strict=True):
@@ -71,6 +72,38 @@ def test_what_is_read_is_what_the_model_says(name, tmp_path, monkeypatch):
         assert torch.equal(ids, expected.indices[:, :kept].int())
         shares = expected.values[:, :kept] / expected.values[:, :kept].sum(dim=-1, keepdim=True)
         assert torch.allclose(probabilities, shares, atol=1e-6)
+
+
+def test_each_class_is_answered_as_often_as_it_is_right():
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randperm(5)[:4] for _ in range(40)]).int()  # each row has left one out
+    said = OwnAnswers(ids, (3 * torch.randn(40, 4)).softmax(dim=1), torch.ones(40, dtype=torch.long))
+    right = torch.multinomial(torch.tensor([1.0, 1, 2, 3, 9]), 40, replacement=True)
+    found = answers.aligned(said, right)
+    assert torch.allclose(found.probabilities.sum(dim=1), torch.ones(40))
+    shifts = {}
+    for row in range(40):
+        change = (found.probabilities[row] / said.probabilities[row]).log()
+        for place in range(1, 4):
+            pair = (ids[row, 0].item(), ids[row, place].item())
+            shifts.setdefault(pair, []).append((change[place] - change[0]).item())
+    # One number between two classes, in whatever row.
+    assert len(shifts) > 10 and all(max(each) - min(each) < 1e-4 for each in shifts.values())
+    for word in range(5):
+        assert found.probabilities[ids == word].sum() / 40 == pytest.approx(
+            (right == word).float().mean().item(), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_a_reader_puts_the_shares_of_the_classes_right(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "KEPT", 1000)  # a fresh model thinks of other words first
+    rows = tiny.reviews(24).select([row for row in range(24) if row % 2 or row < 8])  # 4 of label 0, 12 of label 1
+    trainer = read_off(name, tmp_path, rows)
+    shares = torch.zeros(len(trainer.processing_class))
+    shares.index_add_(0, trainer.found.ids.flatten(), trainer.found.probabilities.flatten() / 16)
+    words = range(2) if name == "sequence_classification" else trainer.task.word_ids(trainer.processing_class)
+    assert shares[list(words)].tolist() == pytest.approx([0.25, 0.75], abs=0.01)
 
 
 def test_they_come_back_from_their_folder(tmp_path):
