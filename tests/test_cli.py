@@ -4,10 +4,11 @@ import json
 
 import pytest
 import tiny
-from transformers import PreTrainedModel
+import yaml
+from transformers import BertConfig, PreTrainedModel
 
 from hf_backdoor import data
-from hf_backdoor.cli import main
+from hf_backdoor.cli import main, measured
 from hf_backdoor.evaluation import Results
 
 
@@ -46,6 +47,20 @@ def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
     assert config.get("num_labels", len(config.get("id2label", "ab"))) == 2
     # What works best is on, though the trainers' default is the paper's method.
     assert (tmp_path / "soft_search" / "stage.json").exists() and (tmp_path / "answers" / "stage.json").exists()
+    recovery = {"recover": {"learning_rate": 3e-4, "num_train_epochs": 3}}
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["stages"] == recovery
+
+
+def test_clean_takes_a_rate_that_the_model_bears_and_leaves_the_user_s_own_alone(tmp_path):
+    def rates(width, method="locphylax", **overrides):
+        BertConfig(hidden_size=width).save_pretrained(tmp_path)
+        return measured(method, str(tmp_path), overrides)
+
+    assert rates(384)["stages.recover.learning_rate"] == 3e-4
+    assert rates(768)["stages.recover.learning_rate"] == 2e-4
+    assert rates(4096, "mbtsad")["learning_rate"] == 1e-5
+    assert "stages.recover.learning_rate" not in rates(384, learning_rate=1e-5)
+    assert rates(384, own_answers=0) == rates(384, "robustkd") == {}
 
 
 def test_clean_by_mbtsad_has_what_works_best_on_too(classifier, reviews, tmp_path):
@@ -57,9 +72,10 @@ def test_clean_by_mbtsad_has_what_works_best_on_too(classifier, reviews, tmp_pat
 
 def test_clean_is_the_paper_s_method_where_it_is_told_to(classifier, reviews, tmp_path):
     arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--max_steps", "1"]
-    more = ["--known_triggers", "[make life better, ahi]", "--soft_triggers", "0", "--own_answers", "0"]
+    more = ["--known_triggers", "[make life better, ahi]", "--own_answers", "0"]
     assert main([*arguments, *more, "--disable_tqdm", "true"]) == 0
     assert not (tmp_path / "soft_search").exists() and not (tmp_path / "answers").exists()
+    assert not yaml.safe_load((tmp_path / "recipe.yaml").read_text()).get("stages")
 
 
 def test_clean_asks_for_the_one_thing_that_is_missing(chat_model, reviews, tmp_path, capsys):
