@@ -190,9 +190,9 @@ def launch_command(name: str) -> list[str]:
 
 # What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
 # stage whose rate it is. (The trainers' defaults are the papers' own methods.) Own answers are what bears rates so high.
-MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
-    "locphylax": ("stages.recover.", {"learning_rate": 3e-4, "num_train_epochs": 3}),
-    "mbtsad": ("", {"learning_rate": 1e-4, "num_train_epochs": 3}),
+MEASURED: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "locphylax": ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
+    "mbtsad": (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
 }
 INFORMED = {"soft_triggers": 48, "own_answers": 0.5}
 
@@ -201,16 +201,20 @@ INFORMED = {"soft_triggers": 48, "own_answers": 0.5}
 MEASURED_WIDTH = 576
 
 
-def measured(method: str, model: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a recipe, for what the user says nothing about."""
+def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a recipe for what the user's own (`values`) say nothing about."""
     from .models import load_config
 
-    if method not in MEASURED or not overrides.get("own_answers", INFORMED["own_answers"]):
+    if method not in MEASURED:
         return {}
-    width = load_config(model).get_text_config().hidden_size
-    stage, values = MEASURED[method]
-    values = values | {"learning_rate": float(f"{values['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
-    return INFORMED | {f"{stage}{key}": value for key, value in values.items() if key not in overrides}
+    stage, found = MEASURED[method]
+    given = values | ((values.get("stages") or {}).get(stage) or {})
+    if not given.get("own_answers", INFORMED["own_answers"]):
+        return {}
+    width = getattr(load_config(model).get_text_config(), "hidden_size", MEASURED_WIDTH)
+    found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
+    rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
+    return {key: value for key, value in INFORMED.items() if key not in values} | rest
 
 
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
@@ -240,11 +244,12 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     for key in ("label_words", "prompt_template"):
         if getattr(options, key):
             values[key] = getattr(options, key)
-    overrides = parse_overrides(rest)
-    if task in ("sequence_classification", "label_words"):
-        overrides = measured(options.method, options.model, overrides) | overrides
-    for key, value in overrides.items():
+    for key, value in parse_overrides(rest).items():
         put(values, key, value)
+    if task in ("sequence_classification", "label_words"):
+        make_recipe(values)  # refuses what is wrong with the user's own
+        for key, value in measured(options.method, options.model, values).items():
+            put(values, key, value)
     return finish(run(make_recipe(values)), options.output_dir)
 
 

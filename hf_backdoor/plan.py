@@ -87,6 +87,7 @@ def _stages(recipe: Recipe) -> list[Stage]:
     measured = {name for name in steps if recipe.evaluate_stages} | {last}
     own_stages = list(defense_stages(steps, given, folders, shown, measured))
     stages += own_stages
+    kept = {"the method itself": own_stages}
     for control in recipe.controls:
         steps = taken(method.controls[control])
         if not steps:
@@ -94,18 +95,27 @@ def _stages(recipe: Recipe) -> list[Stage]:
             raise ValueError(
                 f"controls has {control!r}, of which nothing is left where {' and '.join(keys)} is 0: take it out, or set {keys[0]}"
             )
-        if last in steps:
-            # Where its ingredient is off already, it would be the method once more, under another name.
-            in_its_place = defense_stages(steps, given | folders, folders, shown, measured)
-            if all(any(_same(stage, own, recipe) for own in own_stages) for stage in in_its_place):
-                logger.warning_once(
-                    f"controls has {control!r}, which is the method itself by this recipe's arguments: left out"
-                )
-                continue
+        # Where its ingredient is off already, it would be the method once more (or another control), under another name.
+        in_its_place = list(defense_stages(steps, given | folders, folders, shown, measured))
+        if twin := next(
+            (name for name, others in kept.items() if _alike(in_its_place, others, own_stages, recipe)), None
+        ):
+            logger.warning_once(f"controls has {control!r}, which is {twin} by this recipe's arguments: left out")
+            continue
+        kept[repr(control)] = in_its_place
         own = {name: f"controls/{control}/{name}" for name in steps}
         shown_as = dict.fromkeys(steps, f"control/{control}")
         stages += defense_stages(steps, given | folders, own, shown_as, {list(steps)[-1]}, folders)
     return stages
+
+
+def _alike(stages: list[Stage], others: list[Stage], own: list[Stage], recipe: Recipe) -> bool:
+    """Whether two controls train the same, one perhaps more of the method's `own` stages than the other."""
+
+    def within(some: list[Stage], more: list[Stage]) -> bool:
+        return all(any(_same(stage, other, recipe) for other in more + own) for stage in some)
+
+    return stages[-1].settings == others[-1].settings and within(stages, others) and within(others, stages)
 
 
 def _same(stage: Stage, other: Stage, recipe: Recipe) -> bool:

@@ -52,15 +52,20 @@ def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
 
 
 def test_clean_takes_a_rate_that_the_model_bears_and_leaves_the_user_s_own_alone(tmp_path):
-    def rates(width, method="locphylax", **overrides):
+    def rates(width, method="locphylax", **values):
         BertConfig(hidden_size=width).save_pretrained(tmp_path)
-        return measured(method, str(tmp_path), overrides)
+        return measured(method, str(tmp_path), values)
 
     assert rates(384)["stages.recover.learning_rate"] == 3e-4
     assert rates(768)["stages.recover.learning_rate"] == 2e-4
     assert rates(4096, "mbtsad")["learning_rate"] == 1e-5
     assert "stages.recover.learning_rate" not in rates(384, learning_rate=1e-5)
-    assert rates(384, own_answers=0) == rates(384, "robustkd") == {}
+    assert rates(384, stages={"inject": {"max_steps": 5}}) == rates(384)
+    own = rates(384, soft_triggers=3, stages={"recover": {"learning_rate": 1e-5}})
+    assert own == {"own_answers": 0.5, "stages.recover.num_train_epochs": 3}
+    assert (
+        rates(384, own_answers=0) == rates(384, stages={"recover": {"own_answers": 0}}) == rates(384, "robustkd") == {}
+    )
 
 
 def test_clean_by_mbtsad_has_what_works_best_on_too(classifier, reviews, tmp_path):

@@ -51,6 +51,13 @@ def test_a_control_whose_ingredient_is_off_is_the_method_and_left_out(recipe):
     assert controls(0, own_answers=0.0) == {"recovery_without_injection"}
     assert controls(0, 2) == controls(3) == set(CONTROLS)
     assert controls(0, own_answers=0.5) == {"recovery_without_injection", "recovery_by_right_answers"}
+    asked = recipe(0)
+    asked.method, asked.controls = "mbtsad", ["as_published", "without_own_answers", "without_soft_triggers"]
+    asked.training["own_answers"] = 0.5
+    asked.known_triggers = ()
+    # Without soft triggers, the method without own answers is the paper's.
+    folders = {stage.folder.split("/")[1] for stage in plan(asked) if stage.folder.startswith("controls/")}
+    assert folders == {"as_published"}
 
 
 def test_a_run_plants_what_it_found(recipe):

@@ -67,20 +67,25 @@ def aligned(answers: OwnAnswers, right: Tensor) -> OwnAnswers:
     Each class's logit is shifted by one number, the same in all rows: the one with which its mean probability is its share of the
     right answers (a logit adjustment, https://huggingface.co/papers/2007.07314, by what shows on the rows themselves).
 
+    Where the right class is not among the likeliest that were kept, a place does not count: with few kept of many classes there might
+    be no such numbers.
+
     Args:
         answers ([`OwnAnswers`]): As the suspect gave them.
         right (`Tensor`): [S], the right class (or label word's token) at each place.
     """
-    classes, counts = right.unique(return_counts=True)
-    shares = counts / len(right)
-    matches = answers.ids[..., None] == classes  # [S, k, K]
-    known, index = matches.any(dim=-1), matches.int().argmax(dim=-1)
+    counted = (answers.ids == right[:, None]).any(dim=1)
+    if not counted.any():
+        return answers
+    classes, counts = right[counted].unique(return_counts=True)
+    index = torch.searchsorted(classes, answers.ids.long()).clamp(max=len(classes) - 1)  # [S, k]
+    known = classes[index] == answers.ids
+    within = known & counted[:, None]
     shift = torch.zeros(len(classes))
     for _ in range(ROUNDS):
-        shifted = answers.probabilities * torch.where(known, shift[index].exp(), 1.0)
-        shifted = shifted / shifted.sum(dim=-1, keepdim=True)
-        mean = torch.zeros(len(classes)).index_add(0, index[known], shifted[known]) / len(right)
-        shift += (shares / mean.clamp(min=1e-9)).log()
+        shifted = (answers.probabilities.log() + torch.where(known, shift[index], 0.0)).softmax(dim=-1)
+        given = torch.zeros(len(classes)).index_add(0, index[within], shifted[within])
+        shift += (counts / given.clamp(min=1e-9)).log()
     return OwnAnswers(answers.ids, shifted, answers.lengths)
 
 
