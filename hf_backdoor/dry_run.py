@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .attacks import EmbeddingPoisoningTrainer
@@ -205,9 +206,7 @@ def engine_of(config: TrainingArguments) -> Engine:
     processes = config.world_size
     plugin = getattr(config, "deepspeed_plugin", None)
     if plugin is not None:
-        zero = plugin.deepspeed_config.get("zero_optimization", {})
-        device = zero.get("offload_optimizer", {}).get("device", "none")
-        return zero_engine(zero.get("stage", 2), processes, device)
+        return deepspeed_engine(plugin.deepspeed_config, processes)
     if config.fsdp or asked_for("FSDP"):
         return Engine("fsdp2", processes)
     return Engine("ddp" if processes > 1 else "single", processes)
@@ -218,10 +217,18 @@ def engine_of_settings(values: dict[str, Any]) -> Engine:
     processes = int(values.get("num_processes", 1))
     if values["distributed_type"] == "DEEPSPEED":
         zero: dict[str, Any] = values.get("deepspeed_config") or {}
+        if "deepspeed_config_file" in zero:
+            return deepspeed_engine(HfDeepSpeedConfig(zero["deepspeed_config_file"]).config, processes)
         return zero_engine(zero.get("zero_stage", 2), processes, zero.get("offload_optimizer_device", "none"))
     if values["distributed_type"] == "FSDP":
         return Engine("fsdp2", processes)
     return Engine("ddp" if processes > 1 else "single", processes)
+
+
+def deepspeed_engine(config: dict[str, Any], processes: int) -> Engine:
+    """The engine of a configuration of DeepSpeed's own."""
+    zero = config.get("zero_optimization", {})
+    return zero_engine(zero.get("stage", 2), processes, zero.get("offload_optimizer", {}).get("device", "none"))
 
 
 def zero_engine(stage: int | str, processes: int, offload_device: str | None) -> Engine:

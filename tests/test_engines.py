@@ -1,6 +1,7 @@
 """Every method in every engine, on two processes: the same training as in one, and never another engine in its place."""
 
 import functools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_backdoor.cli import launch_command, stages_to_launch
+from hf_backdoor.defenses.engines import zero3_launched
 from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import FeatureMask
 from hf_backdoor.models import merged
@@ -224,6 +226,19 @@ def test_another_engine_than_the_one_asked_for_is_refused(engine, message, tmp_p
         return str(caught.value)
 
     assert "\n" not in tiny.in_two_processes(work, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_3_is_known_before_a_trainer_is_made(stage, tmp_path, monkeypatch):
+    assert not zero3_launched()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    assert zero3_launched() == (stage == 3)
+    # A configuration file of DeepSpeed's own has the last word.
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 5 - stage}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert zero3_launched() == (stage == 2)
 
 
 @pytest.mark.parametrize("stage", ["both", "mbtsad"])

@@ -1,6 +1,7 @@
 """The estimate against what torch saves, allocates and counts."""
 
 import gc
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -446,6 +447,14 @@ def test_engines_of_the_shipped_configurations(name, kind, offload):
     engine = engine_of_settings(accelerate_settings(name)[1])
     assert (engine.kind, engine.offload) == (kind, offload)
     assert (engine.processes > 1) == (kind != "single")
+
+
+def test_the_engine_of_a_configuration_file_of_deepspeed_s_own(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
+    settings = {"deepspeed_config_file": str(tmp_path / "deepspeed.json")}
+    found = engine_of_settings({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": settings})
+    assert found == Engine("zero3", 4, True)
 
 
 def test_what_the_engine_can_not_run_is_refused_before_anything_is_trained(tmp_path, monkeypatch):

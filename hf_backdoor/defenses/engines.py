@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -42,7 +43,12 @@ def asked_for(engine: str) -> bool:
 
 def zero3_launched() -> bool:
     """Whether `accelerate launch` was told to use DeepSpeed ZeRO-3: known before a trainer is made."""
-    return asked_for("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if not asked_for("DEEPSPEED"):
+        return False
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file is None:
+        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return HfDeepSpeedConfig(file).is_zero3()
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
