@@ -368,6 +368,13 @@ def test_bad_settings_end_in_one_line(changes, line, workshop, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_of_a_training_that_diverges_nothing_is_kept(workshop, tmp_path):
+    with pytest.raises(ValueError, match="the training has diverged, and nothing of it is saved"):
+        execute(suspect_only(workshop, tmp_path, learning_rate=1e38))
+    assert not stages(tmp_path) and not (tmp_path / "suspect" / "model.safetensors").exists()
+    assert measured(execute(suspect_only(workshop, tmp_path)))["suspect", "cacc", None].n == 12
+
+
 def test_the_command_runs_and_reports(copy_of_run, tmp_path, capsys, monkeypatch):
     values, _ = copy_of_run
     forbid_training(monkeypatch)

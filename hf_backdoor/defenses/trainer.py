@@ -23,11 +23,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 
 from ..data import SIDE_COLUMNS, Processor, Rows, Task, auto_class, collator_for, encoded, infer_task, moved
 from .autocast import inputs_as_they_are
 from .checkpoints import load_saved
 from .config import DefenseConfig
+from .divergence import check_losses, check_weights, sound_attention
 from .engines import check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
@@ -228,6 +230,16 @@ class DefenseTrainer(Trainer):
 
     # ---- Loss ----
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`.
+
+        Raises:
+            `ValueError`: if the training diverges: losses that are logged, or weights at the end, are not numbers.
+        """
+        output = super().train(*args, **kwargs)
+        check_weights(self.model, self.accelerator, self.args.learning_rate)
+        return output
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
@@ -240,7 +252,8 @@ class DefenseTrainer(Trainer):
                 )
             pixels = moved(inputs["pixel_values"], mirror=self.args.augmentation == "shift_and_mirror")
             inputs = {**inputs, "pixel_values": pixels}
-        with inputs_as_they_are(model, self.accelerator.native_amp):
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        with inputs_as_they_are(model, self.accelerator.native_amp), sound_attention(length):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def loss_terms(
@@ -333,10 +346,14 @@ class DefenseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         sums = self._component_sums[mode]
-        if mode == "train" and len(sums) > 1 and "loss" in logs:
+        if mode == "train" and "loss" in logs:
+            means = {}
             for name in sorted(sums):
                 total, count = self.accelerator.reduce(sums[name], reduction="sum").tolist()
-                logs[f"loss/{name}"] = total / count
+                means[name] = total / count
+            check_losses(means, self.state.global_step, self.args.learning_rate)
+            if len(means) > 1:
+                logs.update({f"loss/{name}": mean for name, mean in means.items()})
         if mode == "eval" or "loss" in logs:
             sums.clear()
         super().log(logs, start_time)

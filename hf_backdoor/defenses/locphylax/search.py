@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data import Trigger, row_rng
+from ..divergence import sound_attention
 from ..reading import PLACES, Tokens, TriggerSearcher
 from .config import LocphylaxConfig
 
@@ -156,7 +157,8 @@ class TriggerSearchTrainer(TriggerSearcher):
                 starts += batch["input_ids"].shape[1] - torch.tensor([len(each["input_ids"]) for each in features])
             embedded = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             rest = {name: value for name, value in batch.items() if name != "input_ids"}
-            aims, counted = self._aims(self.forward(self.model, rest, inputs_embeds=embedded).logits, batch)
+            with sound_attention(embedded.shape[1]):
+                aims, counted = self._aims(self.forward(self.model, rest, inputs_embeds=embedded).logits, batch)
             (gradient,) = torch.autograd.grad((aims * counted)[:, aim].sum(), embedded)
             slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=embedded.shape[1] - 1)
             total = total + gradient.float().cpu()[torch.arange(len(part))[:, None], slots].sum(dim=0)

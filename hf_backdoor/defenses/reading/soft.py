@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data import Trigger, row_rng
+from ..divergence import sound_attention
 from .config import ReadingConfig
 from .searcher import PLACES, TriggerSearcher
 
@@ -171,7 +172,8 @@ class SoftTriggerTrainer(TriggerSearcher):
         size = self.args.per_device_train_batch_size
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(self.data_collator(features[start : start + size]))
-            values, counted = self._aims(self.forward(self.model, batch).logits, batch)
+            with sound_attention(batch["input_ids"].shape[1]):
+                values, counted = self._aims(self.forward(self.model, batch).logits, batch)
             own = torch.arange(start, start + len(values), device=values.device)[:, None] % aims
             reached = (values * counted).gather(1, own).sum() / len(rows)
             (gradient,) = torch.autograd.grad(-reached, triggers.embeddings)
