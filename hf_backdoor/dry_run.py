@@ -2,7 +2,9 @@
 
 import math
 import os
+import shutil
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +116,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         lines += describe_stage(found)
     if needs:
         lines += [f"engine   {describe_engine(engine)}", *describe_devices(list(needs.values()), engine)]
+        lines.append(describe_disk(list(needs.values()), Path(recipe.output_dir)))
     return "\n".join(lines)
 
 
@@ -169,6 +172,15 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
     share = f"{ASSUMED_UTILISATION:.0%} of the peak rate or as fast as the host launches"
     number = f"{engine.processes} x " if engine.processes > 1 else ""
     return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models comes on top)"]
+
+
+def describe_disk(needs: list[StageNeeds], folder: Path) -> str:
+    """What a run leaves: the whole model of each stage, adapters merged in. Checkpoints come and go on top."""
+    models = [each.load for each in needs if each.stage.step.makes_model]
+    size = sum(load.model.parameters * load.dtype for load in models)
+    free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.exists())).free
+    verdict = "enough" if size <= USABLE * free else "NOT ENOUGH, leave out controls or name another output_dir"
+    return f"disk     {len(models)} models, {gib(size)} GiB, of {gib(free)} free for {folder}: {verdict}"
 
 
 def training_seconds(needs: StageNeeds, engine: Engine, gpu: Gpu) -> float:

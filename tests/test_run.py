@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_backdoor import run as run_module
 from hf_backdoor import run_models
+from hf_backdoor.dry_run import describe_run
 from hf_backdoor.evaluation import Results
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.rows import prepare_rows
@@ -134,6 +136,16 @@ def test_the_models_can_be_loaded(encoder_run):
         model = AutoModelForSequenceClassification.from_pretrained(folder / name)
         assert model.config.num_labels == 2
     assert not list(folder.rglob("checkpoint-*")) and not list(folder.rglob("*.bin"))
+
+
+def test_a_dry_run_foretells_what_is_left_on_the_disk(encoder_run, monkeypatch):
+    values, _ = encoder_run
+    saved = [file.stat().st_size for file in Path(values["output_dir"]).rglob("model.safetensors")]
+    line = describe_run(make_recipe(values)).splitlines()[-1]
+    assert line.startswith(f"disk     {len(saved)} models, ") and line.endswith(": enough")
+    assert float(line.split("models, ")[1].split()[0]) * 2**30 == pytest.approx(sum(saved), rel=0.1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=sum(saved) // 2))
+    assert "NOT ENOUGH" in describe_run(make_recipe(values)).splitlines()[-1]
 
 
 def test_controls_train_as_long_as_their_twins(encoder_run):
