@@ -34,6 +34,9 @@ def predict_labels(
 
     Returns:
         `list[int]`: [N], in the order of the rows, the same on every process.
+
+    Raises:
+        `ValueError`: if the model's logits are not numbers.
     """
     collator, asked = collator_for(processor), task.questions(rows, processor)
     words = (
@@ -45,6 +48,12 @@ def predict_labels(
     def predict(numbers: list[int]) -> list[int]:
         batch = collator([asked[number] for number in numbers])
         logits = _logits(model, {name: value.to(model.device) for name, value in batch.items()}, words, bf16)
+        # The largest of them would be the first class, and a broken model one with an ASR of 0.
+        if logits.isnan().any():
+            raise ValueError(
+                f"{model.name_or_path or type(model).__name__}: its logits are nan, so it has neither accuracy nor ASR; a training "
+                "that diverged leaves such weights"
+            )
         return logits[:, : task.num_labels if true_classes_only else None].argmax(dim=-1).tolist()
 
     def length(number: int) -> int:

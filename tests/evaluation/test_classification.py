@@ -66,6 +66,14 @@ def test_a_planted_answer_is_one_class_more():
     assert set(predict_labels(model, tokenizer, task, ROWS)) <= {0, 1}
 
 
+@pytest.mark.parametrize("name, family", [("sequence_classification", "bert"), ("label_words", "llama")])
+def test_a_broken_model_has_no_labels(name, family):
+    model = tiny.model(family)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="its logits are nan"):
+        predict_labels(model, tiny.tokenizer(family), tiny.task(name), ROWS)
+
+
 def test_labels_are_not_read():
     model, tokenizer = tiny.fixed_classifier(1), tiny.encoder_tokenizer()
     rows = Dataset.from_dict({"text": ["good", "bad film"]})
