@@ -4,17 +4,20 @@
 
 A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
 kept, a killed one goes on where it stopped, and the folder of a finished cell is deleted. Writes one `results.json` a cell and
-the table to `benchmarks/results/`. Nothing here chooses a setting: those are in the recipes, and were found on other triggers
+the table to `benchmarks/results/`. On a GPU, which small models leave idle, `--jobs 12` runs as many cells at once; each holds
+ten models and more in `--runs` until it is done (6 GB for SmolLM2). Nothing here chooses a setting: those are in the recipes, and were found on other triggers
 (`docs/METHOD.md` says how).
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +96,20 @@ def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator
                 yield recipe, trigger, seed
 
 
+def run_cells(chosen: list[tuple[str, str, int]], options: argparse.Namespace) -> int:
+    """Cells beside each other; how many failed. One that fails keeps no other from being run."""
+    failed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        running = {pool.submit(run_cell, *cell, options): cell for cell in chosen}
+        for number, done in enumerate(as_completed(running), 1):
+            error = done.exception()
+            failed += error is not None
+            print(f"[{number}/{len(chosen)}] {' '.join(map(str, running[done]))}: {error or 'done'}", flush=True)
+    return failed
+
+
 def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) -> None:
-    """One run in a process of its own, so that memory starts afresh."""
+    """One run in a process of its own, so that memory starts afresh. Beside others it writes to a file what it would show."""
     name = f"{recipe}_{trigger}_{seed}"
     target = RESULTS / options.method / f"{name}.json"
     if target.exists():
@@ -127,9 +142,17 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         overrides["poison_rate"] = LABEL_CONSISTENT_RATES[data]
     flags = [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value))]
     file = HERE.parent / "recipes" / options.method / f"{recipe}.yaml"
-    subprocess.run([sys.executable, "-m", "hf_backdoor.run", str(file), *flags], check=True)
+    command = [sys.executable, "-m", "hf_backdoor.run", str(file), *flags]
+    if options.jobs == 1:
+        subprocess.run(command, check=True)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f"{name}.log", "ab") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     if classifies and not shared.is_dir():
-        shutil.copytree(folder / "reference", shared)
+        shutil.copytree(folder / "reference", folder / "shared")
+        with contextlib.suppress(OSError):  # another cell was faster
+            (folder / "shared").rename(shared)
     results = Results.load(folder / "results.json")
     # Paths of this machine and thousands of rows of text have no place in the repository.
     results.recipe |= {"dataset_name": data, "model_name_or_path": model, "output_dir": name}
@@ -211,14 +234,16 @@ def main() -> None:
     parser.add_argument("--triggers", nargs="+", default=triggers, choices=triggers)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--runs", default="runs/efficacy")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells that are there")
     options = parser.parse_args()
+    failed = 0
     if not options.table:
-        for recipe, trigger, seed in cells(
-            options.recipes or RECIPES[options.method], options.triggers, options.seeds
-        ):
-            run_cell(recipe, trigger, seed, options)
+        chosen = list(cells(options.recipes or RECIPES[options.method], options.triggers, options.seeds))
+        failed = run_cells(chosen, options)
     (RESULTS / f"{options.method}.md").write_text(table(options.method))
+    if failed:
+        sys.exit(f"{failed} cells failed")
 
 
 if __name__ == "__main__":

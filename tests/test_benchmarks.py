@@ -3,6 +3,7 @@
 import gc
 import importlib
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset, enable_progress_bars
 
 from hf_backdoor.data import ImageTrigger
+from hf_backdoor.evaluation import Results
 from hf_backdoor.recipe_file import load_recipe
 
 
@@ -129,7 +131,7 @@ def test_an_image_cell_is_its_recipe_with_another_attack(efficacy, monkeypatch, 
 
     monkeypatch.setattr(efficacy.subprocess, "run", launched)
     monkeypatch.setattr(efficacy, "RESULTS", tmp_path)
-    options = SimpleNamespace(method=method, data="d", runs=str(tmp_path))
+    options = SimpleNamespace(method=method, data="d", runs=str(tmp_path), jobs=1)
     found = {}
     for cell in efficacy.cells([f"{data}_resnet"], [*efficacy.TRIGGERS, *efficacy.ATTACKS], [5]):
         with pytest.raises(InterruptedError) as caught:
@@ -143,6 +145,36 @@ def test_an_image_cell_is_its_recipe_with_another_attack(efficacy, monkeypatch, 
         "warp": (ImageTrigger("warp", warp_strength=4.0), "dirty_label", 0.1),
         "label-consistent": (ImageTrigger("corners", warp_strength=4.0), "clean_label", rate),
     }
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_cells_beside_each_other_share_a_reference_and_outlive_a_failure(
+    efficacy, monkeypatch, jobs, tmp_path, capsys
+):
+    asked = []
+
+    def launched(command: list[str], check: bool, **streams: Any) -> None:
+        recipe = load_recipe(*(lambda python, m, module, file, *flags: (file, flags))(*command))
+        asked.append((recipe.trigger.text, recipe.reference))
+        assert check and set(streams) == ({"stdout", "stderr"} if jobs > 1 else set())
+        if recipe.trigger.text == "cf":
+            raise subprocess.CalledProcessError(2, "run")
+        folder = Path(recipe.output_dir)
+        (folder / "reference").mkdir(parents=True)
+        Results(recipe=recipe.flat()).save(folder / "results.json")
+
+    monkeypatch.setattr(efficacy.subprocess, "run", launched)
+    monkeypatch.setattr(efficacy, "RESULTS", tmp_path / "results")
+    options = SimpleNamespace(method="locphylax", data="d", minilm="m", runs=str(tmp_path / "runs"), jobs=jobs)
+    chosen = list(efficacy.cells(["sst2_minilm"], list(efficacy.TRIGGERS), [5]))
+    assert efficacy.run_cells(chosen, options) == 1
+    assert {file.stem for file in (tmp_path / "results" / "locphylax").iterdir()} == {
+        "sst2_minilm_phrase_5", "sst2_minilm_long_5"
+    }  # fmt: skip
+    shared = tmp_path / "runs" / "locphylax" / "sst2_minilm_reference_5"
+    assert shared.is_dir() and not (tmp_path / "runs" / "locphylax" / "sst2_minilm_phrase_5").exists()
+    assert len(asked) == 3 and (jobs > 1 or dict(asked)[efficacy.TRIGGERS["long"][0]] == str(shared))
+    assert capsys.readouterr().out.count(": done") == 2
 
 
 def test_a_list_of_suspicious_rows_is_judged(efficacy, tmp_path):
