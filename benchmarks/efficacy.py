@@ -101,10 +101,14 @@ def run_cells(chosen: list[tuple[str, str, int]], options: argparse.Namespace) -
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         running = {pool.submit(run_cell, *cell, options): cell for cell in chosen}
-        for number, done in enumerate(as_completed(running), 1):
-            error = done.exception()
-            failed += error is not None
-            print(f"[{number}/{len(chosen)}] {' '.join(map(str, running[done]))}: {error or 'done'}", flush=True)
+        try:
+            for number, done in enumerate(as_completed(running), 1):
+                error = done.exception()
+                failed += error is not None
+                print(f"[{number}/{len(chosen)}] {' '.join(map(str, running[done]))}: {error or 'done'}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     return failed
 
 
@@ -150,7 +154,7 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         with open(folder.parent / f"{name}.log", "ab") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     if classifies and not shared.is_dir():
-        shutil.copytree(folder / "reference", folder / "shared")
+        shutil.copytree(folder / "reference", folder / "shared", dirs_exist_ok=True)
         with contextlib.suppress(OSError):  # another cell was faster
             (folder / "shared").rename(shared)
     results = Results.load(folder / "results.json")

@@ -23,7 +23,7 @@ from .defenses.robustkd.students import layers_of_stages
 from .estimate import Engine, Load, Memory, ModelShape, memory
 from .models import load_config, load_processor
 from .operations import flops
-from .plan import Stage, check_launch, plan, stage_arguments, training_config
+from .plan import Stage, base_model_name, check_launch, plan, stage_arguments, training_config
 from .quantization import refuse_divided
 from .recipe import Recipe
 from .rows import RunRows, prepare_rows
@@ -116,7 +116,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         lines += describe_stage(found)
     if needs:
         lines += [f"engine   {describe_engine(engine)}", *describe_devices(list(needs.values()), engine)]
-        lines.append(describe_disk(list(needs.values()), Path(recipe.output_dir)))
+        lines.append(describe_disk(list(needs.values()), recipe))
     return "\n".join(lines)
 
 
@@ -174,13 +174,21 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
     return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models comes on top)"]
 
 
-def describe_disk(needs: list[StageNeeds], folder: Path) -> str:
+def describe_disk(needs: list[StageNeeds], recipe: Recipe) -> str:
     """What a run leaves: the whole model of each stage, adapters merged in. Checkpoints come and go on top."""
-    models = [each.load for each in needs if each.stage.step.makes_model]
-    size = sum(load.model.parameters * load.dtype for load in models)
-    free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.exists())).free
-    verdict = "enough" if size <= USABLE * free else "NOT ENOUGH, leave out controls or name another output_dir"
-    return f"disk     {len(models)} models, {gib(size)} GiB, of {gib(free)} free for {folder}: {verdict}"
+    models = [each.load.model for each in needs if each.stage.step.makes_model]
+    if base_model_name(recipe) == "base":
+        models.append(next(each.load.model for each in needs if each.stage.parent != "student"))
+    if recipe.student_layers is not None:
+        models.append(next(each.load.model for each in needs if each.stage.parent == "student"))
+    folder = Path(recipe.output_dir)
+    size = sum(model.parameters for model in models) * (4 if recipe.dtype == "float32" else 2)
+    there = sum(file.stat().st_size for file in folder.rglob("model*.safetensors") if "checkpoints" not in file.parts)
+    around = folder.resolve()
+    free = shutil.disk_usage(next(each for each in (around, *around.parents) if each.exists())).free
+    enough = size - there <= USABLE * free
+    verdict = "enough" if enough else "NOT ENOUGH, leave out controls or name another output_dir"
+    return f"disk     {len(models)} models, {gib(size)} GiB, of {gib(there + free)} for {folder}: {verdict}"
 
 
 def training_seconds(needs: StageNeeds, engine: Engine, gpu: Gpu) -> float:

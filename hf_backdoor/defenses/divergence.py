@@ -6,7 +6,7 @@ classifier answers its first class to everything: an ASR of 0, unless that class
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 
 @contextlib.contextmanager
-def sound_attention(length: int) -> Iterator[None]:
+def sound_attention(length: int, compiled: bool = False) -> Iterator[None]:
     """Keeps cuDNN's attention away from rows of a length at which its gradients are not numbers.
 
     On Hopper GPUs torch 2.11 to 2.13 prefers it. Where a mask is given, rows have 64 tokens, 192, 320 and so on, and what a token
@@ -24,9 +24,10 @@ def sound_attention(length: int) -> Iterator[None]:
 
     Args:
         length (`int`): Tokens of a row, padding included. Enter it for the forward pass whose gradient is taken.
+        compiled (`bool`): Whether the model is: a graph keeps the kernel that it was traced with for rows of all lengths.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before and length % 128 != 64)
+    torch.backends.cuda.enable_cudnn_sdp(before and not compiled and length % 128 != 64)
     try:
         yield
     finally:
@@ -50,27 +51,34 @@ def check_losses(means: dict[str, float], step: int, rate: float) -> None:
             )
 
 
-@torch.no_grad()
 def check_weights(model: nn.Module, accelerator: Accelerator, rate: float) -> None:
     """Refuses a trained model in which a weight is not finite, wherever an engine has put it. Call it on every process.
 
     Raises:
         `ValueError`: on every process, with the share of the tensors.
     """
-    trained = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    broken = [~tensor.isfinite().all() for tensor in trained]
-    device = accelerator.device
-    count = torch.stack([each.to(device) for each in broken]).sum() if broken else torch.zeros((), device=device)
-    count = int(accelerator.reduce(count.long(), reduction="sum"))
-    if count:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if count := count_broken(trained, accelerator):
         raise ValueError(
             f"{count} of {len(trained) * accelerator.num_processes} trained tensors hold values that are not finite: the training "
             f"has diverged, and nothing of it is saved; lower learning_rate (now {rate:g}) or raise warmup_steps, and run again"
         )
 
 
-def local(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a parameter, under ZeRO-3, under FSDP2, or all of it."""
+@torch.no_grad()
+def count_broken(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> int:
+    """How many tensors hold values that are not finite, over all processes. Call it on every one."""
+    broken = [~own_part(parameter).isfinite().all() for parameter in parameters]
+    device = accelerator.device
+    count = torch.stack([each.to(device) for each in broken]).sum() if broken else torch.zeros((), device=device)
+    return int(accelerator.reduce(count.long(), reduction="sum"))
+
+
+def own_part(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter: a shard under FSDP2 and ZeRO-3, or all of it."""
     if hasattr(parameter, "ds_tensor"):
-        return parameter.ds_tensor
+        # The parts are of one size. Where that is more than there is, the rest was never written.
+        part = parameter.ds_tensor.flatten()
+        rank = torch.distributed.get_rank(parameter.ds_process_group)
+        return part[: max(0, parameter.ds_numel - rank * len(part))]
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

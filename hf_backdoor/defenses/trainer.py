@@ -253,7 +253,7 @@ class DefenseTrainer(Trainer):
             pixels = moved(inputs["pixel_values"], mirror=self.args.augmentation == "shift_and_mirror")
             inputs = {**inputs, "pixel_values": pixels}
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        with inputs_as_they_are(model, self.accelerator.native_amp), sound_attention(length):
+        with inputs_as_they_are(model, self.accelerator.native_amp), sound_attention(length, self.args.torch_compile):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def loss_terms(
@@ -351,7 +351,8 @@ class DefenseTrainer(Trainer):
             for name in sorted(sums):
                 total, count = self.accelerator.reduce(sums[name], reduction="sum").tolist()
                 means[name] = total / count
-            check_losses(means, self.state.global_step, self.args.learning_rate)
+            if not self.args.fp16:  # there a scaler leaves such a step out
+                check_losses(means, self.state.global_step, self.args.learning_rate)
             if len(means) > 1:
                 logs.update({f"loss/{name}": mean for name, mean in means.items()})
         if mode == "eval" or "loss" in logs:
@@ -375,6 +376,11 @@ class DefenseTrainer(Trainer):
         config.use_cache = self.args.use_cache
         # A pickle, which nothing reads: it has no place beside weights that are safetensors for a reason.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Before there is one that a resumed training could only fail from.
+        check_weights(self.model, self.accelerator, self.args.learning_rate)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

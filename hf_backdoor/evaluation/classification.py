@@ -10,6 +10,9 @@ from ..data import LabelWords, Processor, Task, collator_for
 from .batching import in_batches, precision
 
 
+NO_LABEL = -1
+
+
 @torch.inference_mode()
 def predict_labels(
     model: PreTrainedModel,
@@ -48,20 +51,23 @@ def predict_labels(
     def predict(numbers: list[int]) -> list[int]:
         batch = collator([asked[number] for number in numbers])
         logits = _logits(model, {name: value.to(model.device) for name, value in batch.items()}, words, bf16)
-        # The largest of them would be the first class, and a broken model one with an ASR of 0.
-        if logits.isnan().any():
-            raise ValueError(
-                f"{model.name_or_path or type(model).__name__}: its logits are nan, so it has neither accuracy nor ASR; a training "
-                "that diverged leaves such weights"
-            )
-        return logits[:, : task.num_labels if true_classes_only else None].argmax(dim=-1).tolist()
+        likeliest = logits[:, : task.num_labels if true_classes_only else None].argmax(dim=-1)
+        # Among values that are no numbers that would be the first class, and a broken model one with an ASR of 0.
+        return likeliest.masked_fill(logits.isnan().any(dim=-1), NO_LABEL).tolist()
 
     def length(number: int) -> int:
         # Pictures, which are read one by one, come out of a batch in one size.
         return len(asked[number]["input_ids"]) if isinstance(asked, list) else 0
 
     model.eval()
-    return in_batches(range(len(asked)), predict, batch_size=batch_size, length=length, desc="Predicting")
+    labels = in_batches(range(len(asked)), predict, batch_size=batch_size, length=length, desc="Predicting")
+    # Here, where every process has them all: one that raised by itself would leave the others waiting.
+    if NO_LABEL in labels:
+        raise ValueError(
+            f"{model.name_or_path or type(model).__name__}: its logits are nan, so it has neither accuracy nor ASR; a training "
+            "that diverged leaves such weights"
+        )
+    return labels
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Any], words: torch.Tensor | None, bf16: bool) -> torch.Tensor:

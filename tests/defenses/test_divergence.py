@@ -7,7 +7,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
-from hf_backdoor.defenses.divergence import local, sound_attention
+from hf_backdoor.defenses.divergence import own_part, sound_attention
+from hf_backdoor.defenses.locphylax import LocphylaxConfig
+from hf_backdoor.defenses.reading import OwnAnswersTrainer
 
 
 class Breaks(TrainerCallback):
@@ -52,20 +54,54 @@ def test_every_process_refuses_what_one_of_them_holds(tmp_path):
     assert tiny.in_two_processes(work, tmp_path).startswith("1 of ")
 
 
-def test_of_a_divided_weight_the_own_part_is_looked_at():
+@pytest.mark.parametrize("rank, expected", [(0, [0.0, 1.0]), (1, [2.0])])
+def test_of_a_divided_weight_the_own_part_is_looked_at_without_what_fills_it_up(rank, expected, monkeypatch):
     weight = torch.nn.Parameter(torch.zeros(0))
-    assert local(weight) is weight
-    weight.ds_tensor = torch.ones(3)
-    assert local(weight) is weight.ds_tensor
+    assert own_part(weight) is weight
+    parts = torch.tensor([0.0, 1.0, 2.0, float("nan")]).split(2)
+    weight.ds_tensor, weight.ds_numel, weight.ds_process_group = parts[rank], 3, "group"
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: {"group": rank}[group])
+    assert own_part(weight).tolist() == expected
+
+
+def test_no_checkpoint_is_left_that_could_only_fail_again(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    with pytest.raises(ValueError, match="nothing of it is saved"):
+        trainer(tmp_path, after=2, **options).train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    again = tiny.trainer("label_words", "plain", tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_under_fp16_a_scaler_decides(tmp_path):
+    made = trainer(tmp_path, after=2, max_steps=4, logging_steps=3)
+    made.args.fp16 = True  # said after the engine was made: a CPU has no scaler
+    with pytest.raises(ValueError, match="trained tensors"):
+        made.train()
+    assert made.state.global_step == 4
+
+
+def test_nothing_is_read_off_a_broken_suspect(tmp_path):
+    model = tiny.model("bert")
+    list(model.parameters())[-1].data.fill_(float("inf"))
+    reader = OwnAnswersTrainer(
+        model=model, args=LocphylaxConfig(str(tmp_path), own_answers=0.5, use_cpu=True, report_to="none"),
+        train_dataset=tiny.reviews(8), processing_class=tiny.encoder_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="weights that are not finite: it is broken"):
+        reader.train()
 
 
 # ---- cuDNN's attention ----
 
 
 @pytest.mark.parametrize("length, allowed", [(63, True), (64, False), (128, True), (192, False), (0, True)])
-def test_rows_of_half_a_tile_are_kept_from_cudnn(length, allowed):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_of_half_a_tile_and_graphs_are_kept_from_cudnn(length, allowed, compiled):
+    allowed &= not compiled
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    with sound_attention(length):
+    with sound_attention(length, compiled):
         assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
     assert torch.backends.cuda.cudnn_sdp_enabled()
 

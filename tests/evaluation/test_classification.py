@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from hf_backdoor.data import LabelWords
@@ -72,6 +73,19 @@ def test_a_broken_model_has_no_labels(name, family):
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="its logits are nan"):
         predict_labels(model, tiny.tokenizer(family), tiny.task(name), ROWS)
+
+
+def test_every_process_refuses_a_model_that_is_broken_on_one(tmp_path):
+    def work():
+        model = tiny.model("bert")
+        if PartialState().process_index == 1:
+            model.classifier.bias.data.fill_(float("nan"))
+        try:
+            predict_labels(model, tiny.encoder_tokenizer(), tiny.task("sequence_classification"), ROWS)
+        except ValueError as error:
+            return str(error)
+
+    assert "its logits are nan" in tiny.in_two_processes(work, tmp_path)
 
 
 def test_labels_are_not_read():

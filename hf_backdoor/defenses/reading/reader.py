@@ -8,8 +8,9 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
+from ..divergence import count_broken
 from ..engines import zero3_launched
-from ..trainer import DefenseTrainer
+from ..trainer import DefenseTrainer, base_model
 
 
 class SuspectReader(DefenseTrainer):
@@ -61,6 +62,16 @@ class SuspectReader(DefenseTrainer):
         return super().prepare_train(dataset, tokenizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Reads.
+
+        Raises:
+            `ValueError`: if a weight of the suspect is not finite.
+        """
+        if count_broken(self.model.parameters(), self.accelerator):
+            raise ValueError(
+                f"the suspect {base_model(self.model).name_or_path!r} holds weights that are not finite: it is broken, and nothing "
+                "can be read off it"
+            )
         training = self.model.training
         self.model.eval()
         self.found = self.read()
