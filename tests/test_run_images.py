@@ -158,7 +158,9 @@ def test_a_dry_run_counts_parameters_and_says_what_it_leaves_out(workshop, tmp_p
     parameters = sum(parameter.numel() for parameter in tiny.resnet().parameters())
     assert f"{parameters / 1e6:.1f}M parameters" in described and "rows     test with patch: 12" in described
     assert "stage    suspect: DefenseTrainer" in described and "2 steps of 8 rows, learning rate" in described
-    assert described.splitlines()[-1].endswith("; activations not counted") and "FLOP" not in described
+    device, disk = described.splitlines()[-2:]
+    assert device.endswith("; activations not counted") and "FLOP" not in described
+    assert disk.startswith("disk     4 models, ")  # reference, suspect, student, cleaned
     assert not list(tmp_path.iterdir())
 
 
