@@ -5,8 +5,8 @@
 A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
 kept, a killed one goes on where it stopped, and the folder of a finished cell is deleted. Writes one `results.json` a cell and
 the table to `benchmarks/results/`. On a GPU, which small models leave idle, `--jobs 12` runs as many cells at once; each holds
-ten models and more in `--runs` until it is done (6 GB for SmolLM2). Nothing here chooses a setting: those are in the recipes, and were found on other triggers
-(`docs/METHOD.md` says how).
+ten models and more in `--runs` until it is done (6 GB for SmolLM2). Nothing here chooses a setting: those are in the recipes,
+and were found on other triggers (`docs/METHOD.md` says how).
 """
 
 import argparse
@@ -154,9 +154,8 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         with open(folder.parent / f"{name}.log", "ab") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     if classifies and not shared.is_dir():
-        shutil.copytree(folder / "reference", folder / "shared", dirs_exist_ok=True)
         with contextlib.suppress(OSError):  # another cell was faster
-            (folder / "shared").rename(shared)
+            (folder / "reference").rename(shared)
     results = Results.load(folder / "results.json")
     # Paths of this machine and thousands of rows of text have no place in the repository.
     results.recipe |= {"dataset_name": data, "model_name_or_path": model, "output_dir": name}

@@ -29,7 +29,8 @@ from .recipe import Recipe
 from .rows import RunRows, prepare_rows
 
 
-# What of a device's memory tensors can have: the rest is CUDA's, the libraries' and the gaps in between.
+# What of a device's memory tensors can have: the rest is CUDA's, the libraries' and the gaps in between. On a disk it is the tables'
+# and the report's.
 USABLE = 0.95
 # Share of a GPU's peak rate that training is taken to reach: measured with adapters on 8B, on an H200, 8,192 tokens a step.
 ASSUMED_UTILISATION = 0.4
@@ -116,7 +117,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         lines += describe_stage(found)
     if needs:
         lines += [f"engine   {describe_engine(engine)}", *describe_devices(list(needs.values()), engine)]
-        lines.append(describe_disk(list(needs.values()), recipe))
+        lines.append(describe_disk(list(needs.values()), models))
     return "\n".join(lines)
 
 
@@ -174,21 +175,22 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
     return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models comes on top)"]
 
 
-def describe_disk(needs: list[StageNeeds], recipe: Recipe) -> str:
+def describe_disk(needs: list[StageNeeds], models: "Models") -> str:
     """What a run leaves: the whole model of each stage, adapters merged in. Checkpoints come and go on top."""
-    models = [each.load.model for each in needs if each.stage.step.makes_model]
+    recipe = models.recipe
+    left = [each.load.model for each in needs if each.stage.step.makes_model]
     if base_model_name(recipe) == "base":
-        models.append(next(each.load.model for each in needs if each.stage.parent != "student"))
+        left.append(shape_of(models.suspect))
     if recipe.student_layers is not None:
-        models.append(next(each.load.model for each in needs if each.stage.parent == "student"))
+        left.append(shape_of(models.student))
     folder = Path(recipe.output_dir)
-    size = sum(model.parameters for model in models) * (4 if recipe.dtype == "float32" else 2)
+    size = sum(model.parameters for model in left) * (4 if recipe.dtype == "float32" else 2)
     there = sum(file.stat().st_size for file in folder.rglob("model*.safetensors") if "checkpoints" not in file.parts)
     around = folder.resolve()
     free = shutil.disk_usage(next(each for each in (around, *around.parents) if each.exists())).free
     enough = size - there <= USABLE * free
     verdict = "enough" if enough else "NOT ENOUGH, leave out controls or name another output_dir"
-    return f"disk     {len(models)} models, {gib(size)} GiB, of {gib(there + free)} for {folder}: {verdict}"
+    return f"disk     {len(left)} models, {gib(size)} GiB, of {gib(there + free)} for {folder}: {verdict}"
 
 
 def training_seconds(needs: StageNeeds, engine: Engine, gpu: Gpu) -> float:

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
+from ..data import base_model
 from ..defenses.config import DefenseConfig
 from ..defenses.engines import SHARDED
-from ..defenses.trainer import DefenseTrainer, base_model
+from ..defenses.trainer import DefenseTrainer
 
 
 @dataclass

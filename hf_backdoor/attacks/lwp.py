@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data import base_model
 from ..defenses.engines import whole
-from ..defenses.trainer import DefenseTrainer, base_model
+from ..defenses.trainer import DefenseTrainer
 
 
 class LWPTrainer(DefenseTrainer):

@@ -1,6 +1,6 @@
 """Tasks, triggers, loading and the batch contract: what both sides of the suite build on."""
 
-from .blocks import find_blocks
+from .blocks import base_model, find_blocks
 from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for, given_labels
 from .image_triggers import ImageTrigger
 from .images import ImageClassification, moved, pixels_digest
@@ -41,6 +41,7 @@ __all__ = [
     "collator_for",
     "column_names",
     "encoded",
+    "base_model",
     "find_blocks",
     "infer_task",
     "label_names",

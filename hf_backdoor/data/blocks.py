@@ -3,6 +3,11 @@
 from torch import nn
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The model itself, without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of a model's blocks, bottom first: the members of its longest `nn.ModuleList` that lies in no other.
 
@@ -12,7 +17,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     Raises:
         `ValueError`: if the model has no `nn.ModuleList`.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # out of an adapter
+    model = base_model(model)
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):

@@ -1,8 +1,19 @@
-"""Weights that come back from a checkpoint."""
+"""Checkpoints: what goes into one beside the model, what never does, and what comes back from it."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from datasets import IterableDataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..data import base_model
+from .divergence import check_weights
+
+
+EXTRA_STATE_FILE = "defense_state.safetensors"
 
 
 def load_saved(model: PreTrainedModel, folder: str | Path) -> None:
@@ -13,3 +24,66 @@ def load_saved(model: PreTrainedModel, folder: str | Path) -> None:
     """
     saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
+
+
+class CheckpointTrainer(Trainer):
+    """`Trainer` from whose checkpoints a training goes on as if it had never stopped: a method's own tensors travel with the
+    optimizer, in every engine. Weights that are not finite go into none, and neither do pickles that nothing reads."""
+
+    ended = False  # whether a stop rule has ended the training
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs beside model and optimizer. Override together with `load_extra_state`."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what [`extra_state`] gave."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        config = base_model(self.model).config
+        # Trainer turns the cache off for training, and would write that into the model that users load.
+        config.use_cache = True
+        super()._save(output_dir, state_dict)
+        config.use_cache = self.args.use_cache
+        # A pickle, which nothing reads: it has no place beside weights that are safetensors for a reason.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Before there is one that a resumed training could only fail from.
+        check_weights(self.model, self.accelerator, self.args.learning_rate)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.extra_state()
+        if state and self.args.should_save:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in state.items()},
+                Path(output_dir, EXTRA_STATE_FILE),
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_saved(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:
+            load_saved(self.model, self.state.best_model_checkpoint)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of a training's end is loaded and left at that; Trainer would make one step more.
+        self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+            if isinstance(self.train_dataset, IterableDataset):
+                # Where a stream ends in the middle of an optimizer step, what was accumulated would go into the next one.
+                self.model_wrapped.zero_grad()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and Path(checkpoint, EXTRA_STATE_FILE).exists():
+            self.load_extra_state(load_file(Path(checkpoint, EXTRA_STATE_FILE)))

@@ -45,10 +45,7 @@ def check_losses(means: dict[str, float], step: int, rate: float) -> None:
     """
     for name, mean in means.items():
         if math.isnan(mean):
-            raise ValueError(
-                f"loss/{name} is nan at step {step}: the training has diverged, and nothing of it is saved; lower learning_rate "
-                f"(now {rate:g}) or raise warmup_steps, and run again"
-            )
+            raise ValueError(f"loss/{name} is nan at step {step}: {advice(rate)}")
 
 
 def check_weights(model: nn.Module, accelerator: Accelerator, rate: float) -> None:
@@ -59,10 +56,15 @@ def check_weights(model: nn.Module, accelerator: Accelerator, rate: float) -> No
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if count := count_broken(trained, accelerator):
-        raise ValueError(
-            f"{count} of {len(trained) * accelerator.num_processes} trained tensors hold values that are not finite: the training "
-            f"has diverged, and nothing of it is saved; lower learning_rate (now {rate:g}) or raise warmup_steps, and run again"
-        )
+        number = len(trained) * accelerator.num_processes
+        raise ValueError(f"{count} of {number} trained tensors hold values that are not finite: {advice(rate)}")
+
+
+def advice(rate: float) -> str:
+    return (
+        f"the training has diverged, and nothing of it is saved; lower learning_rate (now {rate:g}) or raise warmup_steps, and run "
+        "again"
+    )
 
 
 @torch.no_grad()

@@ -10,24 +10,32 @@ however the step is cut into micro-batches and spread over processes.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import ModelOutput
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
-from ..data import SIDE_COLUMNS, Processor, Rows, Task, auto_class, collator_for, encoded, infer_task, moved
+from ..data import (
+    SIDE_COLUMNS,
+    Processor,
+    Rows,
+    Task,
+    auto_class,
+    base_model,
+    collator_for,
+    encoded,
+    infer_task,
+    moved,
+)
 from .autocast import inputs_as_they_are
-from .checkpoints import load_saved
+from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 from .divergence import check_losses, check_weights, sound_attention
 from .engines import check_engine, gather, layer_classes, shared_out
@@ -35,10 +43,7 @@ from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
 
 
-EXTRA_STATE_FILE = "defense_state.safetensors"
-
-
-class DefenseTrainer(Trainer):
+class DefenseTrainer(CheckpointTrainer):
     """
     `Trainer` with a loss that is right under gradient accumulation and several processes, for classifiers (of texts or
     images) and causal LMs. Used as it is, it is plain supervised fine-tuning.
@@ -70,7 +75,6 @@ class DefenseTrainer(Trainer):
 
     # Our loss is divided by the samples of the whole optimizer step, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
-    ended = False  # whether a stop rule has ended the training
     # Whether the training rows may be a stream. What plants, splits or measures goes over all of them before it trains.
     takes_streams = True
 
@@ -228,7 +232,7 @@ class DefenseTrainer(Trainer):
             )
         return shared_out(model.requires_grad_(False).eval(), self.accelerator)
 
-    # ---- Loss ----
+    # ---- Training ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`.
@@ -255,6 +259,8 @@ class DefenseTrainer(Trainer):
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         with inputs_as_they_are(model, self.accelerator.native_amp), sound_attention(length, self.args.torch_compile):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    # ---- Loss ----
 
     def loss_terms(
         self, model: nn.Module, inputs: dict[str, Tensor], step_counts: Tensor
@@ -358,66 +364,3 @@ class DefenseTrainer(Trainer):
         if mode == "eval" or "loss" in logs:
             sums.clear()
         super().log(logs, start_time)
-
-    # ---- Checkpoints: a method's own tensors travel with the optimizer, in every engine ----
-
-    def extra_state(self) -> dict[str, Tensor]:
-        """Tensors that a resumed run needs beside model and optimizer. Override together with `load_extra_state`."""
-        return {}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Takes back what [`extra_state`] gave."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        config = base_model(self.model).config
-        # Trainer turns the cache off for training, and would write that into the model that users load.
-        config.use_cache = True
-        super()._save(output_dir, state_dict)
-        config.use_cache = self.args.use_cache
-        # A pickle, which nothing reads: it has no place beside weights that are safetensors for a reason.
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Before there is one that a resumed training could only fail from.
-        check_weights(self.model, self.accelerator, self.args.learning_rate)
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = self.extra_state()
-        if state and self.args.should_save:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in state.items()},
-                Path(output_dir, EXTRA_STATE_FILE),
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_saved(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
-            super()._load_best_model()
-        else:
-            load_saved(self.model, self.state.best_model_checkpoint)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint of a training's end is loaded and left at that; Trainer would make one step more.
-        self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
-            if isinstance(self.train_dataset, IterableDataset):
-                # Where a stream ends in the middle of an optimizer step, what was accumulated would go into the next one.
-                self.model_wrapped.zero_grad()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and Path(checkpoint, EXTRA_STATE_FILE).exists():
-            self.load_extra_state(load_file(Path(checkpoint, EXTRA_STATE_FILE)))
-
-
-def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model itself, without the adapter around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -10,10 +10,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import SequenceClassification, Trigger, row_lengths
+from ...data import SequenceClassification, Trigger, base_model, row_lengths
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
-from ..trainer import base_model
 from .config import LocphylaxConfig
 from .head import resize_head
 from .losses import balance, clustering_loss, trigger_centres, trigger_membership

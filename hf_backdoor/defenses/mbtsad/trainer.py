@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from ...data import map_rows, row_lengths
+from ...data import base_model, map_rows, row_lengths
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
-from ..trainer import base_model
 from .attention import attention_map_loss, nad_map_loss
 from .config import MBTSADConfig
 from .losses import eager_attention_map_loss, eager_nad_map_loss, hidden_state_loss, valid_entries

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from ...data import Processor, stamp
-from ..trainer import base_model
+from ...data import Processor, base_model, stamp
 from .classes import ClassTrainer, feature_states
 from .losses import feature_loss, non_target_loss, prediction_loss
 from .pair import NETWORKS, AdapterPair, ModelPair, Pair, has_both_adapters

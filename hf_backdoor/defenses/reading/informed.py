@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
-from ...data import Trigger, stamp_in_turn
+from ...data import Trigger, base_model, stamp_in_turn
 from ..losses import soft_answer_loss
-from ..trainer import DefenseTrainer, base_model
+from ..trainer import DefenseTrainer
 from .answers import SOFT_COLUMNS, OwnAnswers, WithSoftAnswers, with_soft_answers
 from .config import ReadingConfig
 from .searcher import refuse_other_than_texts

@@ -8,9 +8,10 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
+from ...data import base_model
 from ..divergence import count_broken
 from ..engines import zero3_launched
-from ..trainer import DefenseTrainer, base_model
+from ..trainer import DefenseTrainer
 
 
 class SuspectReader(DefenseTrainer):

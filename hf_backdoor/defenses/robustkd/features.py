@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ...data import find_blocks
-from ..trainer import base_model
+from ...data import base_model, find_blocks
 
 
 # The paper's three blocks.

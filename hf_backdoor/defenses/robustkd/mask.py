@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..trainer import base_model
+from ...data import base_model
 from .config import FORMS, SHAPES, choose
 from .features import as_tokens, captured, layer_names, looking, model_inputs, valid_tokens
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ...data import Processor
+from ...data import Processor, base_model
 from ..engines import SHARDED, whole
 from ..reading import InformedTrainer
-from ..trainer import base_model
 from .config import RobustKDConfig
 from .connectors import StudentWithConnectors, make_connectors
 from .features import (
