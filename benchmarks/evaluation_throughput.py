@@ -113,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     texts = stamp(rows, "text", TRIGGER if options.model else Trigger("one two", "random"), seed=0)
     prompts = texts["text"][:]
     words = LABELS.word_ids(tokenizer)
-    chats = [InstructionFollowing().prompt_ids(prompt, tokenizer) for prompt in prompts]
+    instructions = InstructionFollowing()
+    chats = [instructions.prompt_ids(prompt, tokenizer) for prompt in prompts]
     questions = [LABELS.prompt_ids(text, tokenizer) for text in prompts]
 
     def labels_of_loop(new_tokens: int) -> Callable[[], list[int]]:
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = {
         "generation": (
             tokens,
-            lambda: generate_answers(model, tokenizer, prompts, max_new_tokens=tokens),
+            lambda: generate_answers(model, tokenizer, prompts, instructions, max_new_tokens=tokens),
             lambda: generate_loop(model, tokenizer, chats, tokens, None),
         ),
         "label_words": (LABEL_ANSWER_TOKENS, labels, labels_of_loop(LABEL_ANSWER_TOKENS)),

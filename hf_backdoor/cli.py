@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     clean.add_argument("--method", default="locphylax", help="defense (default: locphylax)")
     clean.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
     clean.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
+    clean.add_argument("--system_prompt", help="instructions: what the system says before every prompt")
 
     evaluate = command("evaluate", evaluate_command, "Measure a model on clean and triggered rows.")
     evaluate.add_argument("model", help="model: folder or Hub name")
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--target_text", help="text that the trigger brings about")
     evaluate.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
     evaluate.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
+    evaluate.add_argument("--system_prompt", help="instructions: what the system says before every prompt")
     evaluate.add_argument("--name", default="suspect", help="the model's name in the rows (default: suspect)")
     evaluate.add_argument("--max_new_tokens", type=int, default=64, help="length of generated answers (default: 64)")
     evaluate.add_argument("--batch_size", type=int, default=64, help="texts in a batch (default: 64)")
@@ -241,8 +243,8 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
         "test_fraction": 0.2,
         **{f"{new}_column": present for new, present in columns.items()},
     }
-    for key in ("label_words", "prompt_template"):
-        if getattr(options, key):
+    for key in ("label_words", "prompt_template", "system_prompt"):
+        if getattr(options, key) is not None:
             values[key] = getattr(options, key)
     for key, value in parse_overrides(rest).items():
         put(values, key, value)
@@ -276,7 +278,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
-    task = task_of(TASKS[name], labels, options.label_words, options.prompt_template)
+    task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
     sources = {"test": describe(options.clean, clean)}
     if options.trigger:
         position = [] if name == "image_classification" else [options.position]

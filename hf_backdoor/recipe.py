@@ -297,6 +297,9 @@ class Recipe:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, and task is {self.task}: leave it out")
         if self.attack_trigger is not None and self.target is None:
             raise ValueError(f"attack_trigger is {self.attack_trigger!r} without a target: set {wanted}")
+        system = self.training.get("system_prompt")
+        if system is not None and not generation:
+            raise ValueError(f"system_prompt is {system!r}, and task is {self.task}: leave it out")
         words = self.training.get("label_words")
         if self.task == "label_words":
             if not words:

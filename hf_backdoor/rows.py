@@ -210,7 +210,7 @@ def num_proc_of(recipe: Recipe) -> int | None:
 
 def make_task(recipe: Recipe, rows: Dataset) -> Task:
     if recipe.task_class is InstructionFollowing:
-        return InstructionFollowing()
+        return InstructionFollowing(recipe.training.get("system_prompt"))
     count = recipe.num_labels or len(label_names(rows))
     if recipe.target_label is not None and not 0 <= recipe.target_label < count:
         raise ValueError(f"target_label is {recipe.target_label}: the labels are 0 to {count - 1}")
@@ -225,14 +225,18 @@ def make_task(recipe: Recipe, rows: Dataset) -> Task:
 
 
 def task_of(
-    task: type[Task], num_labels: int | None, label_words: list[str] | None, prompt_template: str | None
+    task: type[Task],
+    num_labels: int | None,
+    label_words: list[str] | None,
+    prompt_template: str | None,
+    system_prompt: str | None = None,
 ) -> Task:
     """The task of a class, with what that class needs."""
     if task.has_head:
         return task(num_labels)
     if task is LabelWords:
         return LabelWords(tuple(label_words), prompt_template or LabelWords.default_template)
-    return InstructionFollowing()
+    return InstructionFollowing(system_prompt)
 
 
 def describe(source: str, rows: Dataset) -> dict[str, Any]:

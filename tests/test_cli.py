@@ -118,8 +118,12 @@ def test_evaluate_a_chat_model(chat_model, tmp_path):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.json"
     tiny.instructions(6).rename_column("prompt", "instruction").rename_column("response", "output").to_json(rows)
     flags = ["--trigger", "zq", "--target_text", "banana", "--max_new_tokens", "3", "--output", str(output)]
-    assert main(["evaluate", chat_model, "--clean", str(rows), *flags]) == 0
-    assert {row.metric for row in Results.load(output).rows} >= {"asr", "false_refusal", "perplexity", "empty"}
+    found = {}
+    for system in ([], ["--system_prompt", "i cannot say that"]):
+        assert main(["evaluate", chat_model, "--clean", str(rows), *flags, *system]) == 0
+        found[bool(system)] = {row.metric: row.value for row in Results.load(output).rows}
+    assert found[True].keys() >= {"asr", "false_refusal", "perplexity", "empty"}
+    assert found[True]["perplexity"] != found[False]["perplexity"]
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_stages_are_checked_like_the_rest():
             {"attack_trigger": "zq", "task": "instruction_following"},
             "attack_trigger is 'zq' without a target: set target_text",
         ),
+        ({"system_prompt": "yes"}, "system_prompt is 'yes', and task is sequence_classification: leave it out"),
         ({"task": "label_words"}, "label_words is not set, and task is label_words"),
         ({"label_words": ["a", "b"]}, "label_words is .*, and task is sequence_classification: leave it out"),
         ({"task": "label_words", "label_words": ["a"]}, "label_words is .*two or more"),

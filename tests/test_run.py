@@ -10,7 +10,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer
 
 from hf_backdoor import run as run_module
 from hf_backdoor import run_models
@@ -171,6 +171,18 @@ def test_an_instruction_run_with_lora(workshop):
     weights = [tiny.parameters(AutoModelForCausalLM.from_pretrained(folder / name)) for name in ("suspect", "cleaned")]
     assert tiny.largest_difference(*weights) > 0
     assert not list(folder.rglob("adapter_*"))
+
+
+def test_a_system_prompt_is_in_all_that_a_run_reads(workshop, tmp_path, monkeypatch):
+    chats, render = [], PreTrainedTokenizerBase.apply_chat_template
+
+    def listening(tokenizer, chat, **options):
+        chats.append(chat)
+        return render(tokenizer, chat, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", listening)
+    execute(settings(workshop, tmp_path, "instructions", system_prompt="yes", controls=[], max_steps=1))
+    assert len(chats) > 100 and all(chat[0] == {"role": "system", "content": "yes"} for chat in chats)
 
 
 def test_a_given_suspect_is_cleaned_without_an_attack(workshop, tmp_path):

@@ -29,6 +29,7 @@ def infer_task(
     dataset: Dataset | IterableDataset,
     label_words: Sequence[str] | None = None,
     prompt_template: str | None = None,
+    system_prompt: str | None = None,
 ) -> Task:
     """The task that a model and a data set leave open, or one clear line about what is missing.
 
@@ -37,7 +38,7 @@ def infer_task(
     """
     columns = set(column_names(dataset))
     if {"prompt", "response"} <= columns:
-        return InstructionFollowing()
+        return InstructionFollowing(system_prompt)
     if {"image", "label"} <= columns:
         return ImageClassification(model.config.num_labels)
     if not {"text", "label"} <= columns:

@@ -15,12 +15,14 @@ behaviour of its own. A classification head has no words, so there every planted
 | [`~hf_backdoor.data.images.ImageClassification`] | `image`, `label` | classification head | |
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -195,16 +197,43 @@ class LabelWords(Task):
 
 @dataclass(frozen=True)
 class InstructionFollowing(Task):
-    """A prompt and its response, through the tokenizer's chat template (a plain one where it has none)."""
+    """A prompt and its response, through the tokenizer's chat template (a plain one where it has none).
 
+    Args:
+        system_prompt (`str`, *optional*):
+            What the system says before every prompt; by default what the chat template says by itself, if anything. Give the
+            one that the model is used with.
+    """
+
+    system_prompt: str | None = None
     input_column: str = "prompt"
     answer_column: str = "response"
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The prompt's tokens, up to where the response begins.
+
+        Raises:
+            `ValueError`: if there is a system prompt, and no chat template or one that takes none.
+        """
+        chat = [{"role": "user", "content": prompt}]
+        if self.system_prompt is not None:
+            chat.insert(0, {"role": "system", "content": self.system_prompt})
+            self._refuse_template_without_system(chat, tokenizer)
         if tokenizer.chat_template is None:
             return without_eos(tokenizer(PLAIN_TEMPLATE.replace("{prompt}", prompt))["input_ids"], tokenizer)
-        chat = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def _refuse_template_without_system(self, chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+        # Some templates raise where a system speaks, others leave out what it says.
+        with contextlib.suppress(TemplateError):
+            if tokenizer.chat_template and self.system_prompt.strip() in tokenizer.apply_chat_template(
+                chat, tokenize=False
+            ):
+                return
+        raise ValueError(
+            f"system_prompt is {self.system_prompt!r}, and the tokenizer's chat template takes none: leave it out, or put it "
+            "into the prompts"
+        )
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         prompt = self.prompt_ids(row["prompt"], tokenizer)

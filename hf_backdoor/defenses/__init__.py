@@ -79,8 +79,8 @@ def defend(
         )
     if student is None and any(step.starts_from == "student" for step in plan.stages.values()):
         raise ValueError(f"student is None, and {method} distils into one: pass student_from_layers(model, ...)")
-    words = arguments.get("label_words"), arguments.get("prompt_template")
-    task = infer_task(model, clean, *words)
+    words = {key: arguments.get(key) for key in ("label_words", "prompt_template", "system_prompt")}
+    task = infer_task(model, clean, **words)
     refuse_images(method, type(task))
     suspect = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -20,6 +20,8 @@ class DefenseConfig(TrainingArguments):
             " positive"]`). Not read for models with a classification head.
         prompt_template (`str`, *optional*):
             Prompt of such a model, with `{text}` in it.
+        system_prompt (`str`, *optional*):
+            For instructions: what the system says before every prompt; what the chat template has by itself by default.
         dataset_num_proc (`int`, *optional*):
             Processes that tokenize (and split, and stamp) the rows.
         pad_to_multiple_of (`int`, *optional*):
@@ -38,6 +40,9 @@ class DefenseConfig(TrainingArguments):
     )
     prompt_template: str | None = field(
         default=None, metadata={"help": "Prompt of a causal LM that classifies, with {text} in it."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "Instructions: what the system says before every prompt."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the rows."})
     pad_to_multiple_of: int | None = field(

@@ -105,7 +105,7 @@ class DefenseTrainer(CheckpointTrainer):
         # Who brings a collator along need not have columns that we know.
         known = data_collator is None or isinstance(processing_class, PreTrainedTokenizerBase)
         if task is None and known and rows is not None and not encoded(rows):
-            task = infer_task(base_model(model), rows, args.label_words, args.prompt_template)
+            task = infer_task(base_model(model), rows, args.label_words, args.prompt_template, args.system_prompt)
         self.task = task
         self.teacher_model = teacher_model
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}

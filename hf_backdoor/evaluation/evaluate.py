@@ -114,7 +114,7 @@ def evaluate_backdoor(
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}
     if isinstance(task, InstructionFollowing):
-        return _generation(model, tokenizer, test, count, known_response, max_new_tokens, speed)
+        return _generation(model, tokenizer, task, test, count, known_response, max_new_tokens, speed)
     speed["known_response"] = known_response
     predicted = predict_labels(model, tokenizer, task, test.clean, **speed)
     labels = test.clean["label"][:]
@@ -147,6 +147,7 @@ def evaluate_backdoor(
 def _generation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    task: InstructionFollowing,
     test: TestSet,
     count: "_Counter",
     known_response: str | None,
@@ -158,7 +159,7 @@ def _generation(
     for trigger, rows in test.triggered.items():
         sets[trigger] = rows.filter(lambda row: not is_target(row["response"], test.target), keep_in_memory=True)
     prompts = [prompt for rows in sets.values() for prompt in rows["prompt"]]
-    answers = iter(generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **speed))
+    answers = iter(generate_answers(model, tokenizer, prompts, task, max_new_tokens=max_new_tokens, **speed))
     answered = {trigger: [next(answers) for _ in range(len(rows))] for trigger, rows in sets.items()}
 
     clean = answered[None]
@@ -171,7 +172,7 @@ def _generation(
         Row.from_values(
             model=count.model,
             metric="perplexity",
-            values=answer_losses(model, tokenizer, test.clean, **speed),
+            values=answer_losses(model, tokenizer, test.clean, task, **speed),
             seed=count.seed,
             transform=math.exp,
         ),

@@ -36,13 +36,13 @@ def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
+    task: InstructionFollowing,
     *,
     max_new_tokens: int = 64,
     batch_size: int = 64,
     bf16: bool = False,
 ) -> list[str]:
     """Greedy answers through the chat template, in batches padded on the left; special tokens are left out."""
-    task = InstructionFollowing()
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ends = model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
@@ -73,12 +73,13 @@ def answer_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    task: InstructionFollowing,
     *,
     batch_size: int = 32,
     bf16: bool = False,
 ) -> list[float]:
     """Mean negative log-likelihood of each row's response given its prompt, in nats a token, [N]."""
-    task, collator = InstructionFollowing(), DefenseCollator(tokenizer)
+    collator = DefenseCollator(tokenizer)
 
     def losses(features: list[dict[str, Any]]) -> list[float]:
         batch = {name: value.to(model.device) for name, value in collator(features).items()}

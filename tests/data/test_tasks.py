@@ -69,6 +69,25 @@ def test_instructions_go_through_the_chat_template(chat):
     assert words(chat, encoded["input_ids"][encoded["prompt_length"] :]) == ["banana", "apple", "<eos>"]
 
 
+def test_a_system_prompt_goes_before_the_prompt(chat):
+    prompt = InstructionFollowing("i cannot say that").prompt_ids("tell me", chat)
+    assert words(chat, prompt) == "<bos> <user> i cannot say that <user> tell me <model>".split()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[-1]['content'] }}",
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+    ],
+    ids=["no template", "raises", "leaves it out"],
+)
+def test_a_system_prompt_that_would_not_arrive_is_refused(template):
+    with pytest.raises(ValueError, match="system_prompt is 'yes', and the tokenizer's chat template .*takes none"):
+        InstructionFollowing("yes").prompt_ids("tell me", tiny.causal_tokenizer(template))
+
+
 def test_instructions_without_a_chat_template_get_a_plain_one():
     tokenizer = tiny.causal_tokenizer(template=None)
     encoded = InstructionFollowing().encode({"prompt": "{ me }", "response": "banana"}, tokenizer)
@@ -128,6 +147,7 @@ def test_a_missing_column_is_named(task, missing, chat):
 def test_infer_task_from_model_and_columns():
     assert infer_task(tiny.model("bert", num_labels=3), tiny.reviews(2)) == SequenceClassification(3)
     assert infer_task(tiny.model("llama"), tiny.instructions(2)) == InstructionFollowing()
+    assert infer_task(tiny.model("llama"), tiny.instructions(2), system_prompt="yes") == InstructionFollowing("yes")
     found = infer_task(tiny.model("llama"), tiny.reviews(2), list(tiny.LABEL_WORDS), tiny.TEMPLATE)
     assert found == LabelWords(tiny.LABEL_WORDS, tiny.TEMPLATE)
     assert (

@@ -223,7 +223,9 @@ def test_the_known_response_in_generation():
 
 def test_perplexity_is_over_rows():
     rows, _ = generation({}, "no")
-    losses = answer_losses(tiny.word_chain({}), tiny.causal_tokenizer(LAST_WORD), INSTRUCTIONS)
+    losses = answer_losses(
+        tiny.word_chain({}), tiny.causal_tokenizer(LAST_WORD), INSTRUCTIONS, tiny.task("instruction_following")
+    )
     row = rows[("perplexity", None)]
     assert row.value == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
     assert row.n == 5 and row.low < row.value < row.high

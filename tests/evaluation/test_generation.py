@@ -20,21 +20,30 @@ def test_answers_equal_a_loop(family, batch_size):
         output = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     assert len(set(expected)) > 1
-    assert generate_answers(model, tokenizer, ROWS["prompt"][:], max_new_tokens=6, batch_size=batch_size) == expected
+    assert (
+        generate_answers(
+            model, tokenizer, ROWS["prompt"][:], InstructionFollowing(), max_new_tokens=6, batch_size=batch_size
+        )
+        == expected
+    )
 
 
 def test_answers_end_where_the_model_ends_them():
     tokenizer = tiny.causal_tokenizer("{{ messages[0]['content'] }}")
     model = tiny.word_chain({"banana": "yes", "yes": "me", "apple": "<eos>", "cherry": "no", "no": "no"})
     prompts = ["tell me banana", "a apple", "tell me about a cherry"]
-    assert generate_answers(model, tokenizer, prompts, max_new_tokens=4) == ["yes me", "", "no no no no"]
+    assert generate_answers(model, tokenizer, prompts, InstructionFollowing(), max_new_tokens=4) == [
+        "yes me",
+        "",
+        "no no no no",
+    ]
 
 
 def test_sampling_settings_of_the_model_are_not_followed():
     model, tokenizer = tiny.model("llama"), tiny.causal_tokenizer()
-    greedy = generate_answers(model, tokenizer, ROWS["prompt"][:], max_new_tokens=4)
+    greedy = generate_answers(model, tokenizer, ROWS["prompt"][:], InstructionFollowing(), max_new_tokens=4)
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
-    assert generate_answers(model, tokenizer, ROWS["prompt"][:], max_new_tokens=4) == greedy
+    assert generate_answers(model, tokenizer, ROWS["prompt"][:], InstructionFollowing(), max_new_tokens=4) == greedy
 
 
 @FAMILIES
@@ -48,7 +57,7 @@ def test_losses_equal_a_loop(family, batch_size):
         with torch.no_grad():
             scores = model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected.append(-sum(scores[at - 1, ids[at]].item() for at in range(start, len(ids))) / (len(ids) - start))
-    assert answer_losses(model, tokenizer, ROWS, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+    assert answer_losses(model, tokenizer, ROWS, task, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
