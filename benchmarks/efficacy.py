@@ -4,9 +4,9 @@
 
 A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
 kept, a killed one goes on where it stopped, and the folder of a finished cell is deleted. Writes one `results.json` a cell and
-the table to `benchmarks/results/`. On a GPU, which small models leave idle, `--jobs 12` runs as many cells at once; each holds
-ten models and more in `--runs` until it is done (6 GB for SmolLM2). Nothing here chooses a setting: those are in the recipes,
-and were found on other triggers (`docs/METHOD.md` says how).
+the table to `benchmarks/results/`, and an overview of all methods into the README (`tables.py`). On a GPU, which small models
+leave idle, `--jobs 12` runs as many cells at once; each holds ten models and more in `--runs` until it is done (6 GB for
+SmolLM2). Nothing here chooses a setting: those are in the recipes, and were found on other triggers (`docs/METHOD.md` says how).
 """
 
 import argparse
@@ -21,15 +21,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import tables
 from datasets import load_dataset
+from tables import RESULTS
 
 from hf_backdoor.defenses.ntml import suspicion_quality
 from hf_backdoor.evaluation import Results, Row
-from hf_backdoor.report.tables import pool
 
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 
 # The attackers' triggers. The last is Hamlet's, as long triggers in this field are.
 TRIGGERS = {
@@ -69,20 +69,6 @@ RECIPES = {
 # BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
 OWN_TRIGGER = ("backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2", "sst2_minilm_lwp", "sst2_minilm_ep")
 
-COLUMNS = {
-    "asr": "ASR",
-    "asr_without_trigger": "without trigger",
-    "known_behaviour": "known behaviour",
-    "hidden_asr": "hidden ASR",
-    "cacc": "CACC",
-    "robust_accuracy": "robust accuracy",
-    "false_refusal": "false refusal",
-    "perplexity": "perplexity",
-    "suspicion_precision": "precision of the list",
-    "suspicion_recall": "its recall",
-    "correction_precision": "precision of the corrections",
-    "correction_recall": "their recall",
-}
 # What a run finds out about the suspect rows: the metric's name and the file, in the order in which stages write them.
 LISTS = {"suspicion": "*/suspicion.parquet", "correction": "cleaned/relabelled.parquet"}
 
@@ -191,39 +177,6 @@ def suspicion_rows(folder: Path, seed: int) -> list[Row]:
     return made
 
 
-def table(method: str) -> str:
-    """Markdown: a block for each recipe and trigger, a row for each model, over the seeds that are there."""
-    found: dict[tuple[str, str], list[Results]] = {}
-    for file in sorted((RESULTS / method).glob("*.json")):
-        recipe, trigger, _ = file.stem.rsplit("_", 2)
-        found.setdefault((recipe, trigger), []).append(Results.load(file))
-    lines = [
-        f"# {method}: efficacy",
-        "",
-        f"Made by `python benchmarks/efficacy.py --method {method}` from the `results.json` of each cell in `{method}/`, which",
-        "hold counts, costs, seeds, versions and data hashes. Rates in %, with 95% Wilson interval and n; n is the number of",
-        "rows. ASR counts triggered rows whose right label is not the target. The floor is the reference's ASR.",
-    ]
-    for (recipe, trigger), runs in found.items():
-        rows = [row for results in runs for row in results.rows]
-        columns = {name: title for name, title in COLUMNS.items() if any(row.metric == name for row in rows)}
-        lines += ["", f"## {recipe}, {trigger} trigger ({len(runs)} seed{'s' if len(runs) > 1 else ''})", ""]
-        lines += ["| model | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
-        for model in dict.fromkeys(row.model for row in rows):
-            lines.append(f"| {model} | " + " | ".join(cell(rows, model, metric) for metric in columns) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(rows: list[Row], model: str, metric: str) -> str:
-    chosen = [row for row in rows if (row.model, row.metric) == (model, metric)]
-    if not chosen:
-        return ""
-    pooled = pool(chosen)
-    if metric == "perplexity":
-        return f"{pooled.value:.2f}"
-    return f"{100 * pooled.value:.1f} [{100 * pooled.low:.1f}, {100 * pooled.high:.1f}] n={pooled.n}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--method", default="locphylax", choices=list(RECIPES))
@@ -244,7 +197,7 @@ def main() -> None:
     if not options.table:
         chosen = list(cells(options.recipes or RECIPES[options.method], options.triggers, options.seeds))
         failed = run_cells(chosen, options)
-    (RESULTS / f"{options.method}.md").write_text(table(options.method))
+    tables.write(options.method)
     if failed:
         sys.exit(f"{failed} cells failed")
 

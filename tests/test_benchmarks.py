@@ -194,4 +194,14 @@ def test_the_published_table_is_made_from_the_published_results(efficacy):
     assert methods
     for method in methods:
         assert list((efficacy.RESULTS / method).glob("*.json"))
-        assert (efficacy.RESULTS / f"{method}.md").read_text() == efficacy.table(method)
+        assert (efficacy.RESULTS / f"{method}.md").read_text() == efficacy.tables.table(method)
+
+
+def test_the_overview_in_the_readme_is_made_from_the_published_results(efficacy):
+    assert efficacy.tables.overview() in efficacy.tables.README.read_text()
+
+
+def test_cells_by_other_settings_than_the_recipe_has_are_told(efficacy):
+    now = load_recipe(efficacy.HERE.parent / "recipes" / "ntml" / "agnews_minilm.yaml", ["--seed", "7"]).flat()
+    for changes, older in (({}, False), ({"attack_trigger": "zq"}, False), ({"relabel_below": 0.9}, True)):
+        assert efficacy.tables.is_older("ntml", "agnews_minilm", [Results(recipe=now | changes)]) == older
