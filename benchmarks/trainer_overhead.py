@@ -73,17 +73,19 @@ class StockCollator(DefenseCollator):
         return {name: batch[name] for name in batch if name not in ("trigger_id", "readout_position")}
 
 
-def networks(stage: str, kind: str, smoke: bool) -> dict[str, Any]:
-    """What a stage trains, and its further models."""
+def networks(stage: str, kind: str, smoke: bool, folder: str) -> dict[str, Any]:
+    """What a stage trains, and its further models; a teacher lies in a folder, as runs leave it."""
     model = shapes.small_model(kind, smoke)
+    if stage.endswith("/distil"):
+        model.save_pretrained(f"{folder}/teacher")
     if stage == "mbtsad/distil":
-        return {"model": model, "teacher_model": shapes.small_model(kind, smoke)}
+        return {"model": model, "teacher_model": f"{folder}/teacher"}
     if stage == "ntml/mutual":
         return {"model": model, "target_model": shapes.small_model(kind, smoke)}
     if stage == "robustkd/distil":
         mask = FeatureMask(dict.fromkeys(layer_names(model, None), (model.config.hidden_size,)))
         student = student_from_layers(model, model.config.num_hidden_layers // 2).train()
-        return {"model": student, "teacher_model": model, "feature_mask": mask}
+        return {"model": student, "teacher_model": f"{folder}/teacher", "feature_mask": mask}
     return {"model": model}
 
 
@@ -96,7 +98,11 @@ def ours(stage: str, kind: str, words: int, smoke: bool, arguments: dict[str, An
         rows = rows.add_column(TEACHER_LOGITS, torch.randn(len(rows), len(shapes.LABELS)).tolist())
     made = shapes.tokenizer(kind == "encoder")
     return trainer(
-        args=config, train_dataset=rows, processing_class=made, task=shapes.task(kind), **networks(stage, kind, smoke)
+        args=config,
+        train_dataset=rows,
+        processing_class=made,
+        task=shapes.task(kind),
+        **networks(stage, kind, smoke, arguments["output_dir"]),
     )
 
 
@@ -129,7 +135,7 @@ def sft(trainer: DefenseTrainer, arguments: dict[str, Any]) -> Trainer:
 
     rows: Dataset = trainer.train_dataset
     # Its defaults would run blocks twice, and in bfloat16.
-    config = SFTConfig(**arguments, gradient_checkpointing=False, bf16=False, max_length=None)
+    config = SFTConfig(**{"bf16": False} | arguments, gradient_checkpointing=False, max_length=None)
     return SFTTrainer(
         model=plain_network(trainer),
         args=config,
@@ -155,7 +161,7 @@ def baselines(stage: str, kind: str) -> list[str]:
 
 
 def block(
-    stage: str, kind: str, baseline: str | None, steps: int, words: int, smoke: bool, memory: bool
+    stage: str, kind: str, baseline: str | None, steps: int, words: int, smoke: bool, memory: bool, bf16: bool
 ) -> tuple[list[float], int, int]:
     """Trains a fresh model for a few steps: seconds of each but the first two, and (if asked for) peak and step memory."""
     release()
@@ -164,7 +170,7 @@ def block(
     with tempfile.TemporaryDirectory() as folder:
         arguments = {
             "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": BATCH, "save_strategy": "no",
-            "use_cpu": DEVICE == "cpu", "disable_tqdm": True, "logging_steps": 1000,
+            "use_cpu": DEVICE == "cpu", "disable_tqdm": True, "logging_steps": 1000, "bf16": bf16,
         }  # fmt: skip
         trainer = ours(stage, kind, words, smoke, arguments)
         if baseline is not None:
@@ -177,7 +183,7 @@ def block(
 
 def flop_ratio(smoke: bool, kind: str, words: int) -> float:
     """RobustKD's distillation over training its student: (student's three passes + teacher's one) / student's three."""
-    given = networks("robustkd/distil", kind, smoke)
+    teacher = shapes.small_model(kind, smoke)
     made = shapes.tokenizer(kind == "encoder")
     rows = shapes.task(kind).encode_rows(shapes.rows(BATCH, words), made)
     batch = DefenseCollator(made)(list(rows))
@@ -191,27 +197,35 @@ def flop_ratio(smoke: bool, kind: str, words: int) -> float:
                 logits.sum().backward()
         return counter.get_total_flops()
 
-    student = flops(given["model"], learns=True)
-    return 1 + flops(given["teacher_model"], learns=False) / student
+    student = flops(student_from_layers(teacher, teacher.config.num_hidden_layers // 2), learns=True)
+    return 1 + flops(teacher, learns=False) / student
 
 
-def memories(stage: str, kind: str, words: int, smoke: bool) -> dict[str | None, tuple[int, int]]:
+def memories(stage: str, kind: str, words: int, smoke: bool, bf16: bool) -> dict[str | None, tuple[int, int]]:
     """Peak and step memory of ours and of the baselines."""
     return {
-        side: block(stage, kind, side, 3, words, smoke, memory=True)[1:] for side in (None, *baselines(stage, kind))
+        side: block(stage, kind, side, 3, words, smoke, True, bf16)[1:] for side in (None, *baselines(stage, kind))
     }
 
 
 def measure(
-    stage: str, kind: str, steps: int, rounds: int, words: int, smoke: bool, memory: dict[str | None, tuple[int, int]]
+    stage: str,
+    kind: str,
+    steps: int,
+    rounds: int,
+    words: int,
+    smoke: bool,
+    bf16: bool,
+    memory: dict[str | None, tuple[int, int]],
 ) -> list[dict[str, Any]]:
     """A row for each baseline."""
     seconds: dict[str | None, list[float]] = {side: [] for side in memory}
     for turn in range(rounds):
         # In turns, in an order that turns as well.
         for side in list(memory)[:: -1 if turn % 2 else 1]:
-            seconds[side] += block(stage, kind, side, steps, words, smoke, memory=False)[0]
+            seconds[side] += block(stage, kind, side, steps, words, smoke, False, bf16)[0]
     step = {side: statistics.median(values) for side, values in seconds.items()}
+    always = {"bf16": True} if bf16 else {}
     more = {"flop_ratio": round(flop_ratio(smoke, kind, words), 3)} if stage == "robustkd/distil" else {}
     return [
         {
@@ -219,6 +233,7 @@ def measure(
             "model": kind,
             "baseline": side,
             "words": words,
+            **always,
             "time_ratio": round(step[None] / step[side], 3),
             "memory_ratio": round(memory[None][0] / memory[side][0], 3),
             "step_memory_ratio": round(memory[None][1] / memory[side][1], 3),
@@ -236,6 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run")
     parser.add_argument("--words", type=int, default=30, help="words in a row (default: 30)")
+    parser.add_argument("--bf16", action="store_true", help="under autocast, as most recipes train")
     parser.add_argument("--stages", nargs="+", default=[*STAGES, *WHOLE_RUNS], choices=[*STAGES, *WHOLE_RUNS])
     parser.add_argument("--models", nargs="+", default=["encoder", "causal_lm"], choices=["encoder", "causal_lm"])
     parser.add_argument("--steps", type=int, default=6, help="steps of a block, the first two not counted")
@@ -249,12 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
     with tight_allocations():
         for kind in options.models:
             # What is loaded on first use is no part of a stage.
-            block(
-                "fine_tuning", kind, baselines("fine_tuning", kind)[-1], 3, options.words, options.smoke, memory=True
-            )
+            last = baselines("fine_tuning", kind)[-1]
+            block("fine_tuning", kind, last, 3, options.words, options.smoke, True, options.bf16)
             for stage in options.stages:
                 if stage in STAGES:
-                    memory[kind, stage] = memories(stage, kind, options.words, options.smoke)
+                    memory[kind, stage] = memories(stage, kind, options.words, options.smoke, options.bf16)
     print(f"{'model':<10} {'stage':<20} {'baseline':<9} {'time':>6} {'memory':>7} {'a step`s':>9}   (ours / baseline)")
     for kind in options.models:
         for stage in options.stages:
@@ -262,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
             if whole is not None:
                 made = whole(kind, options.words, options.smoke)
             else:
-                size = (options.words, options.smoke)
+                size = (options.words, options.smoke, options.bf16)
                 made = measure(stage, kind, steps, rounds, *size, memory[kind, stage])
             found += made
             for row in made:

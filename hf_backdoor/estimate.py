@@ -283,9 +283,13 @@ def memory(load: Load, engine: Engine = SINGLE) -> Memory:
     shape, width, full = load.model, widths(load, engine), load.trains == "weights"
     n, tokens = engine.processes, load.rows * load.tokens
     outside = shape.parameters - shape.blocks
-    weights = load.trained * width.trained + (0 if full else load.networks * _at_rest(shape, load, width))
+    weights = load.trained * width.trained + (
+        0 if full else load.networks * _at_rest(shape, load, width, width.frozen)
+    )
     gradients, optimizer = load.trained * width.gradient, load.trained * width.states
-    teacher = sum(_at_rest(each, load, width) for each in load.teachers)
+    # Where nothing is sharded, a teacher's linear layers lie in memory as autocast multiplies them.
+    kept = min(width.frozen, width.matmul) if engine.kind in ("single", "ddp") else width.frozen
+    teacher = sum(_at_rest(each, load, width, kept) for each in load.teachers)
 
     block = block_activations(load, engine) * tokens
     layers = load.networks * shape.layers * load.depth
@@ -339,10 +343,11 @@ def memory(load: Load, engine: Engine = SINGLE) -> Memory:
     )
 
 
-def _at_rest(shape: ModelShape, load: Load, width: Widths) -> float:
-    """Bytes of a frozen model. Quantized are the blocks' matrices: embeddings, norms and head stay as they are loaded."""
+def _at_rest(shape: ModelShape, load: Load, width: Widths, matrix: float) -> float:
+    """Bytes of a frozen model, of `matrix` bytes for each weight of the blocks' matrices (quantized, for example); embeddings, norms
+    and head stay as they are loaded."""
     plain = min(load.dtype, 2) if width.trained == 2 else load.dtype
-    return shape.matrices * width.frozen + (shape.parameters - shape.matrices) * plain
+    return shape.matrices * matrix + (shape.parameters - shape.matrices) * plain
 
 
 def kept_for_distillation(load: Load, engine: Engine) -> tuple[float, float]:

@@ -34,11 +34,11 @@ from ..data import (
     infer_task,
     moved,
 )
-from .autocast import inputs_as_they_are
+from .autocast import inputs_as_they_are, keep_as_multiplied
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 from .divergence import check_losses, check_weights, sound_attention
-from .engines import check_engine, gather, layer_classes, shared_out
+from .engines import SHARDED, check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
 
@@ -223,13 +223,18 @@ class DefenseTrainer(CheckpointTrainer):
         return self.frozen(self.teacher_model)
 
     def frozen(self, model: PreTrainedModel | str) -> PreTrainedModel:
-        """A model beside the trained one, or its folder: frozen, in evaluation mode, on the device."""
+        """A model beside the trained one, or its folder: frozen, in evaluation mode, on the device. One that is read from a
+        folder runs under autocast only, where the training does."""
         if isinstance(model, str):
             student = base_model(self.model)
             attention = student.config._attn_implementation
             model = auto_class(student).from_pretrained(
                 model, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
             )
+            kind, sharded = self.args.device.type, self.accelerator.distributed_type in SHARDED
+            with self.accelerator.autocast():
+                if torch.is_autocast_enabled(kind) and not sharded:
+                    keep_as_multiplied(model, torch.get_autocast_dtype(kind))
         return shared_out(model.requires_grad_(False).eval(), self.accelerator)
 
     # ---- Training ----

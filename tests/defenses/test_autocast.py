@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
-from hf_backdoor.defenses.autocast import inputs_as_they_are
+from hf_backdoor.defenses.autocast import inputs_as_they_are, keep_as_multiplied
 
 
 def adapted(dtype=torch.bfloat16):
@@ -75,3 +75,21 @@ def test_a_trainer_does_so_under_autocast_alone(bf16, tmp_path):
         processing_class=tiny.causal_tokenizer(),
     ).train()
     assert read == {torch.bfloat16 if bf16 else torch.float32}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_kept_as_they_are_multiplied_give_the_same_numbers(family, tied):
+    model = tiny.model(family).eval()
+    if tied and family != "bert":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    before = {name: value.dtype for name, value in model.named_parameters()}
+    size = sum(value.nbytes for value in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = logits(model)
+        keep_as_multiplied(model, torch.bfloat16)
+        assert torch.equal(logits(model), expected)
+    assert set(before.values()) == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert sum(value.nbytes for value in model.parameters()) < size

@@ -341,3 +341,19 @@ def test_a_teacher_runs_in_the_precision_that_the_student_is_trained_in(tmp_path
     layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     trainer.train()
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_a_teacher_from_a_folder_teaches_the_same_in_less_memory(tmp_path, precision):
+    teacher = tiny.model("llama", 7)
+    teacher.save_pretrained(tmp_path / "teacher")
+    trained = {}
+    for given in (teacher, str(tmp_path / "teacher")):
+        trainer = tiny.trainer(
+            "label_words", "distil", tmp_path / "run", teacher_model=given, max_steps=2, **precision
+        )
+        trainer.train()
+        trained[type(given)] = tiny.parameters(trainer.model), next(trainer.teacher.model.layers.parameters()).dtype
+    (by_model, own), (by_folder, read) = trained.values()
+    assert tiny.largest_difference(by_model, by_folder) == 0
+    assert own == torch.float32 and read == (torch.bfloat16 if precision else torch.float32)

@@ -206,7 +206,7 @@ class RobustKDTrainer(InformedTrainer):
     def _measure_margins(self) -> dict[str, Tensor]:
         """Mean negative value of each channel in the teacher as it is, [C]; 0 where there is none."""
         sums = dict.fromkeys(self.teacher_feature_layers, 0.0)
-        with looking(self.teacher):
+        with self.accelerator.autocast(), looking(self.teacher):
             for inputs in clean_batches(self):
                 with captured(self.teacher, self.teacher_feature_layers) as features:
                     self.teacher(**model_inputs(self.teacher, inputs))
