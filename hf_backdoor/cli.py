@@ -136,6 +136,7 @@ def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list
     """Arguments of each launch. Engines that share a model out get one for each training, so that none of them inherits memory
     or settings of the one before, and a last one that measures; others get one for all."""
     from .dry_run import engine_of_settings, refuse_quantized
+    from .folders import recipe_is
     from .plan import plan
     from .recipe_file import load_recipe
     from .run import UNTIL
@@ -146,7 +147,8 @@ def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list
     loaded = load_recipe(recipe, overrides)
     refuse_quantized(loaded.quantization, engine_of_settings(settings))
     folders = [stage.folder for stage in plan(loaded)]
-    return [[UNTIL, f] for f in folders if not Path(loaded.output_dir, f, "stage.json").exists()] + [[]]
+    known = recipe_is(Path(loaded.output_dir), loaded)  # else all may have changed
+    return [[UNTIL, f] for f in folders if not (known and Path(loaded.output_dir, f, "stage.json").exists())] + [[]]
 
 
 def accelerate_settings(name: str) -> tuple[Path, dict[str, Any]]:

@@ -12,6 +12,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .attacks import EmbeddingPoisoningTrainer
+from .contradictions import check_machine
 from .data import Processor
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
@@ -92,7 +93,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
     Raises:
         `ValueError`: in one line, for what the run itself would refuse before it trains.
     """
-    recipe.check_machine()
+    check_machine(recipe)
     processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
     rows = prepare_rows(recipe, processor)
     models = Models(recipe, getattr(rows.task, "num_labels", None))

@@ -10,7 +10,13 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
+
+from .defenses.checkpoints import last_checkpoint
+from .recipe import Recipe
+
+
+# What a stage's folder has in it from its first moment, and when it is done.
+BEGUN, STAGE = MARKS = ("begun.json", "stage.json")
 
 
 def fingerprint(*parts: Any) -> str:
@@ -20,21 +26,40 @@ def fingerprint(*parts: Any) -> str:
 def finished(folder: Path, print_: str) -> dict[str, Any] | None:
     """What a finished stage noted, if it was made from the same inputs."""
     try:
-        noted = json.loads((folder / "stage.json").read_text())
+        noted = json.loads((folder / STAGE).read_text())
     except FileNotFoundError:  # or cleared in this moment, by a first process that is ahead
         return None
     return noted if noted.get("fingerprint") == print_ else None
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Before anything is written: a folder that no run has made holds somebody's files.
+
+    Raises:
+        `ValueError`: if a stage would have to clear it.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in MARKS):
+        raise ValueError(
+            f"{str(folder)!r} was not made by a run, and this one would clear it: move it, or choose another output_dir"
+        )
+
+
 def begin(folder: Path, print_: str) -> str | None:
     """Clears a stage's folder, unless it was begun from the same inputs: then gives its last checkpoint."""
-    mark, checkpoints = folder / "begun.json", folder / "checkpoints"
+    mark, checkpoints = folder / BEGUN, folder / "checkpoints"
     with main_process() as first:
         if first and not (mark.exists() and json.loads(mark.read_text())["fingerprint"] == print_):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(mark, {"fingerprint": print_})
-    return get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    with main_process():  # clears what a kill has left half written
+        return last_checkpoint(checkpoints)
+
+
+def recipe_is(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run's folder was last written by this recipe."""
+    file = folder / "recipe.yaml"
+    return file.exists() and file.read_text(encoding="utf-8") == as_yaml(recipe.flat())
 
 
 @contextlib.contextmanager
@@ -58,4 +83,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(as_yaml(content), encoding="utf-8")
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -299,3 +299,18 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     names = ("hf-backdoor", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
     return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def together(found: list[dict[str, str]]) -> dict[str, str]:
+    """Versions of all that a result was made by: a run that went on after an upgrade has several of a package."""
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: ", ".join(dict.fromkeys(each[name] for each in found if name in each)) for name in names}
+
+
+def content(processor: Processor) -> list[Any]:
+    """What a tokenizer or an image processor does to a row, to be compared with another's."""
+    if isinstance(processor, BaseImageProcessor):
+        return [processor.to_dict()]
+    backend = getattr(processor, "backend_tokenizer", None)
+    words = sorted(processor.get_vocab().items()) if backend is None else backend.to_str()
+    return [words, processor.chat_template, processor.special_tokens_map, processor.padding_side]

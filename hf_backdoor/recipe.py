@@ -1,11 +1,7 @@
-"""A recipe: one flat YAML file that says everything about a run, and the settings that contradict each other."""
+"""A recipe: one flat YAML file that says everything about a run."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-from transformers.utils import is_liger_kernel_available
 
 from .attacks import ImagePoisoning, Poisoning
 from .data import (
@@ -17,9 +13,7 @@ from .data import (
     Task,
     Trigger,
 )
-from .defenses import METHODS, DefenseConfig, refuse_images
-from .defenses.engines import asked_for
-from .quantization import QUANTIZATIONS, refuse_launched, require_bitsandbytes
+from .defenses import METHODS, DefenseConfig
 
 
 TASKS: dict[str, type[Task]] = {
@@ -28,9 +22,6 @@ TASKS: dict[str, type[Task]] = {
     "instruction_following": InstructionFollowing,
     "image_classification": ImageClassification,
 }
-
-ATTACKS = ("data_poisoning", "lwp", "ep")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -61,7 +52,8 @@ class Recipe:
         test_fraction (`float`): Share of the training rows that is cut off as test rows, for data without a test split.
         num_labels (`int`, *optional*): Found in the rows by default.
         max_train_samples (`int`): Rows the attacker trains on. max_test_samples: of the test rows; all by default.
-        clean_fraction (`float`): Clean rows of the defender, as a share of `max_train_samples`; disjoint from them.
+        clean_fraction (`float`): Clean rows of the defender, as a share of `max_train_samples`; disjoint from them. Without an attack all
+            rows are the defender's.
         clean_dataset_name (`str`): For methods that train on suspect rows of your own (`dataset_name`): your clean ones.
         held_out_samples (`int`): Further clean rows, to evaluate on while training.
         max_length (`int`): Tokens of user text kept, before triggers and prompt. max_response_length: of responses; all by default.
@@ -201,188 +193,3 @@ class Recipe:
         """The recipe as it would stand in a YAML file."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "training"}
         return {**own, **self.training}
-
-    def check(self) -> None:
-        """Refuses settings that contradict each other.
-
-        Raises:
-            `ValueError`: with one line that names the key, the value and the fix.
-        """
-        choose(self, "task", TASKS)
-        choose(self, "attack", ATTACKS)
-        choose(self, "dtype", DTYPES)
-        if self.method is not None:
-            choose(self, "method", METHODS)
-        self._check_task()
-        known = METHODS[self.method].controls if self.method else {}
-        for control in self.controls:
-            if control not in known:
-                raise ValueError(f"controls has {control!r}: {self.method} has {', '.join(known) or 'none'}")
-        if self.quantization is not None:
-            choose(self, "quantization", QUANTIZATIONS)
-            if self.method is None:
-                raise ValueError(
-                    f"quantization is {self.quantization!r} without a method: a suspect and a reference are trained whole; "
-                    "leave it out"
-                )
-            if not self.use_peft:
-                raise ValueError(
-                    f"quantization is {self.quantization!r} without use_peft: quantized weights can't be trained, only adapters "
-                    "over them; set use_peft: true"
-                )
-        stages = {"reference", "suspect", *(METHODS[self.method].stages if self.method else ())}
-        for stage in self.stages:
-            if stage not in stages:
-                raise ValueError(f"stages has {stage!r}: this run has {', '.join(sorted(stages))}")
-        name = self.model_name_or_path
-        if name in {"base", "student", "cleaned", *stages} and Path(name).is_dir():
-            raise ValueError(f"model_name_or_path is {name!r}, and the run has a folder of this name: write ./{name}")
-        students = [key for key in ("student_layers", "student_model_name_or_path") if getattr(self, key) is not None]
-        steps = METHODS[self.method].stages.values() if self.method else ()
-        if any(step.starts_from == "student" for step in steps):
-            if len(students) != 1:
-                raise ValueError(
-                    f"{' and '.join(students) or 'student_layers'} {'are both' if students else 'is not'} set, and "
-                    f"{self.method} needs one student: set student_layers (of the suspect's) or student_model_name_or_path"
-                )
-        elif students:
-            raise ValueError(f"{students[0]} is set, and {self.method or 'no method'} has no student: leave it out")
-        own_rows = self.trains_suspect and self.attack_trigger is None
-        if own_rows and self.clean_dataset_name is None:
-            raise ValueError(
-                f"clean_dataset_name is not set: {self.method} trains on the suspect rows of dataset_name and on clean ones "
-                "beside them; name these"
-            )
-        if own_rows and self.test_fraction:
-            raise ValueError(
-                f"test_fraction is {self.test_fraction}, which would cut test rows out of the suspect rows: set "
-                "test_dataset_name to clean ones"
-            )
-        if self.streaming:
-            self._check_streaming(own_rows)
-        if self.attack != "data_poisoning" and self.attack_trigger is None:
-            raise ValueError(f"attack is {self.attack!r} without attack_trigger: set it, or leave attack out")
-        if self.clean_dataset_name is not None and not own_rows:
-            raise ValueError(
-                f"clean_dataset_name is {self.clean_dataset_name!r}, and this run takes its clean rows from dataset_name: "
-                "leave it out"
-            )
-        if self.rewritten_dataset_name is not None:
-            self._check_rewritten()
-        if not 0 < self.clean_fraction:
-            raise ValueError(f"clean_fraction is {self.clean_fraction}: choose a share above 0, for example 0.2")
-        if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction is {self.test_fraction}: choose a share from 0 up to, but not, 1")
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
-        if self.push_to_hub and self.method is None:
-            raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
-        if self.attack == "ep" and self.attack_trigger is not None and self.reference in (None, "base"):
-            raise ValueError(
-                f"attack is 'ep', which poisons a clean fine-tuned model, and reference is {self.reference!r}: "
-                "set reference: train, or name that model"
-            )
-        if self.reference == "train" and self.attack_trigger is None:
-            raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
-        _ = self.poisoning
-
-    def _check_task(self) -> None:
-        """Refuses what is for tasks of another kind."""
-        generation = self.task == "instruction_following"
-        unwanted, wanted = ("target_label", "target_text") if generation else ("target_text", "target_label")
-        if getattr(self, unwanted) is not None:
-            raise ValueError(f"{unwanted} is {getattr(self, unwanted)!r}, and task is {self.task}: set {wanted}")
-        for key in ("context_column", "max_response_length"):
-            if getattr(self, key) is not None and not generation:
-                raise ValueError(f"{key} is {getattr(self, key)!r}, and task is {self.task}: leave it out")
-        if self.attack_trigger is not None and self.target is None:
-            raise ValueError(f"attack_trigger is {self.attack_trigger!r} without a target: set {wanted}")
-        system = self.training.get("system_prompt")
-        if system is not None and not generation:
-            raise ValueError(f"system_prompt is {system!r}, and task is {self.task}: leave it out")
-        words = self.training.get("label_words")
-        if self.task == "label_words":
-            if not words:
-                raise ValueError("label_words is not set, and task is label_words: give one word for each label")
-            LabelWords(tuple(words), self.training.get("prompt_template") or "{text}")
-        elif words:
-            raise ValueError(
-                f"label_words is {words}, and task is {self.task}: leave it out, or set task: label_words"
-            )
-        if self.task_class is not ImageClassification:
-            self._refuse_set(("image_size", "warp_strength", "augmentation"))
-            return
-        if self.method is not None:
-            refuse_images(self.method, self.task_class)
-        if self.attack != "data_poisoning":
-            raise ValueError(f"attack is {self.attack!r}, and task is {self.task}: use data_poisoning")
-        for values in (self.training, *self.stages.values()):
-            if values.get("known_trigger") is not None:
-                ImageTrigger(values["known_trigger"])
-        self._refuse_set(
-            ("use_peft", "quantization", "attack_position", "negative_rate", "prompt_template", "soft_triggers")
-        )
-
-    def _refuse_set(self, keys: Iterable[str]) -> None:
-        """Refuses keys that mean nothing to the task, where they are set to something."""
-        usual = {f.name: f.default for f in (*fields(Recipe), *fields(self.config_class))}
-        given = {"": {**vars(self), **self.training}, **{f"stages.{name}.": own for name, own in self.stages.items()}}
-        for where, values in given.items():
-            for key in keys:
-                if key in usual and values.get(key, usual[key]) != usual[key]:
-                    raise ValueError(f"{where}{key} is {values[key]!r}, and task is {self.task}: leave it out")
-
-    def _check_rewritten(self) -> None:
-        key = f"rewritten_dataset_name is {self.rewritten_dataset_name!r}"
-        if self.attack_trigger is None:
-            raise ValueError(f"{key} without attack_trigger, which is its name in the tables: set it")
-        if self.task_class.answer_column != "label" or self.task_class is ImageClassification:
-            raise ValueError(f"{key}, and task is {self.task}: classify texts, or leave it out")
-        usual = {"attack_position": "random", "poison_style": "dirty_label", "negative_rate": 0.0}
-        unwanted = [name for name, value in usual.items() if getattr(self, name) != value]
-        for name in unwanted + ["attack"] * (self.attack == "ep"):
-            raise ValueError(
-                f"{name} is {getattr(self, name)!r}, and rewritten texts are poison as they are: leave it out"
-            )
-
-    def _check_streaming(self, own_rows: bool) -> None:
-        for key in ("max_train_samples", "max_test_samples"):
-            if getattr(self, key) is None:
-                raise ValueError(
-                    f"streaming is true without {key}: set it, a stream is read until there are enough rows"
-                )
-        if self.test_fraction:
-            raise ValueError(
-                f"streaming is true and test_fraction is {self.test_fraction}, a share of all rows: set test_split or "
-                "test_dataset_name"
-            )
-        if own_rows:
-            raise ValueError(
-                "streaming is true, and the suspect rows of dataset_name are all to be trained on: set streaming: false"
-            )
-
-    def check_machine(self) -> None:
-        """Refuses what this machine lacks, or the engine that was launched. No part of [`check`]: a recipe may be read on another
-        machine than it runs on.
-
-        Raises:
-            `ValueError`: with one line that names the key and what to install or to use.
-        """
-        if self.attack == "ep" and (asked_for("FSDP") or asked_for("DEEPSPEED")):
-            raise ValueError(
-                "attack is 'ep', which needs the embeddings as they are, and the engine shares them out: use "
-                "accelerate_configs/ddp.yaml, or one process"
-            )
-        if self.quantization is not None:
-            require_bitsandbytes(self.quantization)
-            refuse_launched(self.quantization)
-        used = [values.get("use_liger_kernel") for values in (self.training, *self.stages.values())]
-        if any(used) and not is_liger_kernel_available():
-            raise ValueError(
-                "use_liger_kernel is True, and liger-kernel is not installed: pip install liger-kernel, or leave it out"
-            )
-
-
-def choose(recipe: Recipe, key: str, allowed: Iterable[str]) -> None:
-    if getattr(recipe, key) not in allowed:
-        raise ValueError(f"{key} is {getattr(recipe, key)!r}: use one of {', '.join(allowed)}")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+from .contradictions import check_recipe
 from .defenses import METHODS, DefenseConfig
 from .recipe import Recipe
 
@@ -102,7 +103,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         if known.get(key) is None:
             raise ValueError(f"{key} is missing: every recipe names it")
     recipe = Recipe(**known, training=extra)
-    recipe.check()
+    check_recipe(recipe)
     return recipe
 
 

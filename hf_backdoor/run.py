@@ -22,13 +22,14 @@ from typing import Any
 from accelerate import PartialState
 from peft import LoraConfig
 
+from .contradictions import check_machine
 from .data import Processor, row_lengths
 from .defenses import DefenseTrainer
 from .defenses.engines import forget_engine, zero3_launched
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
-from .folders import begin, fingerprint, finished, main_process, write_json, write_yaml
-from .models import load_processor, peak_memory, reset_peak_memory, versions, without_weights
+from .folders import begin, fingerprint, finished, main_process, recipe_is, refuse_foreign, write_json, write_yaml
+from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions, without_weights
 from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -49,9 +50,11 @@ class Run:
 
     recipe: Recipe
     processor: Processor = None
+    reads: str = ""
     rows: RunRows = None
     models: RunModels = None
     costs: list[dict[str, Any]] = field(default_factory=list)
+    versions: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -65,25 +68,34 @@ class Run:
                 stage is measured at the end.
         """
         recipe = self.recipe
-        recipe.check_machine()
+        check_machine(recipe)
         # The dry run is content with the configuration of a model that is not there yet.
         if not recipe.trains_suspect and without_weights(recipe.model_name_or_path):
             raise ValueError(
                 f"model_name_or_path is {recipe.model_name_or_path!r}, a suspect without weights: name one that has some, or "
                 "set attack_trigger and target_label to train one"
             )
+        base, stages = base_model_name(recipe), plan(recipe)
+        made = ["base"] * (base == "base") + ["student"] * (recipe.student_layers is not None)
+        self._refuse_to_clear([*made, *(stage.folder for stage in stages)])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
+        self.reads = fingerprint(
+            content(self.processor)
+        )  # before it is used: cutting texts sets something in a tokenizer
         # Two processes that build one cache of a file at once trip over each other's temporary files.
         with PartialState().main_process_first():
             self.rows = prepare_rows(recipe, self.processor)
         self.models = RunModels(recipe, self.processor, self.rows.task)
         with main_process() as first:
             if first:
+                if not recipe_is(self.folder, recipe):
+                    # Evidence about models that are about to be replaced.
+                    (self.folder / "results.json").unlink(missing_ok=True)
+                    shutil.rmtree(self.folder / "report", ignore_errors=True)
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
                 self._save_rows()
         measured: list[tuple[list[Row], list[dict[str, Any]]]] = []
-        base, stages = base_model_name(recipe), plan(recipe)
         check_launch(stages, zero3_launched())
         if base == "base":
             self.models.convert()
@@ -105,7 +117,7 @@ class Run:
             rows=[row for rows, _ in measured for row in rows],
             costs=self.costs,
             recipe=recipe.flat(),
-            versions=versions(),
+            versions=together(self.versions),
             data=self.rows.sources,
             examples=[example for _, examples in measured for example in examples],
         )
@@ -125,7 +137,7 @@ class Run:
             ]
         held_out = self.rows.splits.held_out if len(self.rows.splits.held_out) and stage.rows == "clean" else None
         if held_out is None:
-            arguments["eval_strategy"] = "no"
+            arguments |= {"eval_strategy": "no", "load_best_model_at_end": False}
         suspect_rows = "attack" if recipe.attack_trigger is not None else "suspect rows"
         source = self.rows.sources["clean" if stage.rows == "clean" else suspect_rows]["sha256"]
         peft = lora_arguments(recipe) if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
@@ -134,7 +146,7 @@ class Run:
         print_ = fingerprint(
             stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
             recipe.attn_implementation,
-            self.models.origin(stage.parent), {name: self.models.origin(model) for name, model in stage.inputs.items()},
+            self.reads, self.models.origin(stage.parent), {name: self.models.origin(model) for name, model in stage.inputs.items()},
             {**peft, "quantization": quantization} if quantization else peft,
             self.rows.sources.get("held_out") if stage.rows == "clean" else None,
             *([self.rows.sources["clean"]["sha256"]] if stage.step.with_clean else []),
@@ -172,6 +184,7 @@ class Run:
                 "steps": trainer.state.global_step,
                 "tokens": tokens_trained(trainer),
                 "peak_memory": peak_memory(),
+                "versions": versions(),
             }
             findings = trainer.findings(self.rows.of("poisoned") if recipe.trains_suspect else None)
             trainer.gather()
@@ -184,6 +197,7 @@ class Run:
             gc.collect()
             forget_engine()
         self.costs.append({key: done[key] for key in ("stage", "seconds", "tokens", "peak_memory")})
+        self.versions.append(done["versions"])
 
     # ---- Evaluation ----
 
@@ -193,7 +207,7 @@ class Run:
         file = folder / f"{name.replace('/', '-')}.json"
         bf16 = bool(recipe.training.get("bf16"))
         print_ = fingerprint(
-            name, self.models.origin(model_name), self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
+            name, self.models.origin(model_name), self.reads, recipe.target, self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
             recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed, recipe.dtype, recipe.attn_implementation,
         )  # fmt: skip
         done = json.loads(file.read_text()) if file.exists() else {}
@@ -225,11 +239,13 @@ class Run:
                     "tokens": None,
                     "peak_memory": peak_memory(),
                 },
+                "versions": versions(),
             }
             with main_process() as first:
                 if first:
                     write_json(file, done)
         self.costs.append(done["cost"])
+        self.versions.append(done["versions"])
         return [Row(**row) for row in done["rows"]], done["examples"]
 
     def _known_response(self) -> str | None:
@@ -242,8 +258,30 @@ class Run:
         folder.mkdir(exist_ok=True)
         splits = self.rows.splits
         for name, rows in {"clean": splits.clean, "held_out": splits.held_out, "poisoned": self.rows.poisoned}.items():
+            file = folder / f"{name}.parquet"
+            file.unlink(missing_ok=True)  # perhaps of an earlier recipe
             if rows is not None and len(rows):
-                rows.to_parquet(folder / f"{name}.parquet")
+                rows.to_parquet(file)
+
+    def _refuse_to_clear(self, folders: list[str]) -> None:
+        """Before anything is done: stages write over what earlier ones have left, and over nothing else.
+
+        Raises:
+            `ValueError`: if a folder was not made by a run, or holds a model that this run is to read.
+        """
+        own = [self.folder / name for name in folders]
+        for folder in own:
+            refuse_foreign(folder)
+        for key in ("model_name_or_path", "reference", "student_model_name_or_path"):
+            name = getattr(self.recipe, key)
+            if (
+                name is not None
+                and Path(name).exists()
+                and any(Path(name).resolve().is_relative_to(f.resolve()) for f in own)
+            ):
+                raise ValueError(
+                    f"{key} is {name!r}, which this run would write over: choose another output_dir than {str(self.folder)!r}"
+                )
 
 
 def tokens_trained(trainer: DefenseTrainer) -> int | None:

@@ -47,8 +47,9 @@ class RunModels:
         if name in self.prints:
             return self.prints[name]
         folder, gguf = resolve(name)
-        kept = "config.json" if without_weights(name) else gguf or "*.safetensors"
-        found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(folder).glob(kept))]
+        kept = ["config.json"] if without_weights(name) else [gguf] if gguf else ["config.json", "*.safetensors"]
+        files = sorted(file for pattern in kept for file in Path(folder).glob(pattern))
+        found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return name, self.recipe.model_revision, found
 
     def convert(self) -> None:

@@ -18,6 +18,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_backdoor_tests_") 
 
 import datasets
 import pytest
+import runs
 import tiny
 import torch
 import transformers
@@ -47,3 +48,9 @@ def wordpiece():
 def chat():
     """Tokenizer of a causal LM: an end-of-sequence token and a chat template."""
     return tiny.causal_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with models and data for runs."""
+    return runs.workshop(tmp_path_factory.mktemp("workshop"))

@@ -401,7 +401,7 @@ def local(recipe, on_disk, words):
     "file", sorted(RECIPES.rglob("*_[78]b_*.yaml")), ids=lambda file: str(file.relative_to(RECIPES))
 )
 def test_a_large_recipe_fits_the_hardware_that_it_names(file, on_disk, monkeypatch):
-    monkeypatch.setattr("hf_backdoor.recipe.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("hf_backdoor.contradictions.is_liger_kernel_available", lambda: True)
     lines = HARDWARE.findall(file.read_text())
     assert lines and lines[0][3] == ""
     for devices, size, said, more in lines:

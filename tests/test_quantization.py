@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_backdoor import quantization as quantization_module
 from hf_backdoor.adapters import transplanted
+from hf_backdoor.contradictions import check_machine
 from hf_backdoor.data import LabelWords
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.dry_run import describe_run
@@ -289,7 +290,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_done(workshop, tm
 
 @pytest.mark.parametrize("place", ["everywhere", "one stage"])
 def test_liger_kernels_that_are_missing_are_named(place, workshop, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_backdoor.recipe.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("hf_backdoor.contradictions.is_liger_kernel_available", lambda: False)
     own = {"use_liger_kernel": True}
     recipe = make_recipe(
         settings(workshop, tmp_path, **(own if place == "everywhere" else {"stages": {"distil": own}}))
@@ -298,7 +299,7 @@ def test_liger_kernels_that_are_missing_are_named(place, workshop, tmp_path, mon
         describe_run(recipe)
     recipe.training["use_liger_kernel"] = False
     recipe.stages.clear()
-    recipe.check_machine()
+    check_machine(recipe)
 
 
 def test_compiling_is_an_argument_like_any_other(workshop, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from hf_backdoor.attacks import EmbeddingPoisoningConfig, ImagePoisoning, Poisoning
+from hf_backdoor.contradictions import check_machine
 from hf_backdoor.data import ImageTrigger, InstructionFollowing, SequenceClassification, Trigger
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
 from hf_backdoor.defenses.robustkd import FeatureMaskConfig, RobustKDConfig
@@ -181,6 +182,15 @@ def test_stages_are_checked_like_the_rest():
             {"task": "label_words", "label_words": ["a", "b"], "prompt_template": "x"},
             "prompt_template is 'x': put {text}",
         ),
+        (
+            {"stages": {"suspect": {"label_words": ["a", "b"]}}},
+            r"stages.suspect.label_words is .*: set label_words, for the whole run",
+        ),
+        (
+            {"method": "locphylax", "stages": {"suspect": {"cluster_weight": 3.0}}},
+            "stages.suspect.cluster_weight is 3.0, and this stage has no such argument",
+        ),
+        ({"save_only_model": True}, "save_only_model is true: a run that is killed could not go on"),
         ({"push_to_hub": True}, "push_to_hub is true without hub_model_id"),
         ({"reference": "train"}, "reference is 'train' without an attack"),
         ({**ATTACK, "poison_rate": 1.5}, "poison_rate is 1.5"),
@@ -395,7 +405,7 @@ def test_a_model_in_a_folder_named_as_one_of_the_run_is_refused(tmp_path, monkey
 
 def test_embedding_poisoning_is_refused_before_a_sharding_engine_starts(monkeypatch):
     values = {"attack": "ep", "attack_trigger": "cf", "target_label": 1, "reference": "train"}
-    make_recipe({**LEAST, **values}).check_machine()
+    check_machine(make_recipe({**LEAST, **values}))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="^attack is 'ep', which needs the embeddings as they are"):
-        make_recipe({**LEAST, **values}).check_machine()
+        check_machine(make_recipe({**LEAST, **values}))

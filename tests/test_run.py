@@ -10,6 +10,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
+from runs import execute, settings, stages, written
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer
 
 from hf_backdoor import run as run_module
@@ -21,65 +22,11 @@ from hf_backdoor.rows import prepare_rows
 from hf_backdoor.run import Run, main
 
 
-def written(rows, file):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
-def apart(rows, column):
-    """Every text with words of its own, or the leak check would find the toy rows all alike."""
-    return [
-        {**row, column: f"{row[column]} " + " ".join(f"w{number}x{word}" for word in range(8))}
-        for number, row in enumerate(rows)
-    ]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder with models and data; gives the settings of a run in it."""
-    folder = tmp_path_factory.mktemp("workshop")
-    for family in ("bert", "llama"):
-        tiny.model(family, dropout=0.2).save_pretrained(folder / family)
-        tiny.tokenizer(family).save_pretrained(folder / family)
-    reviews, instructions = apart(tiny.reviews(80), "text"), apart(tiny.instructions(60), "prompt")
-    written(reviews[:68], folder / "reviews_train.jsonl")
-    written(reviews[68:], folder / "reviews_test.jsonl")
-    written(instructions[:52], folder / "instructions_train.jsonl")
-    written(instructions[52:], folder / "instructions_test.jsonl")
-    return folder
-
-
-def settings(folder, output, kind="reviews", **changes):
-    values = {
-        "model_name_or_path": str(folder / "bert"), "task": "sequence_classification", "target_label": 1,
-        "dataset_name": str(folder / f"{kind}_train.jsonl"), "test_dataset_name": str(folder / f"{kind}_test.jsonl"),
-        "output_dir": str(output), "attack_trigger": "zq", "poison_rate": 0.2, "max_train_samples": 32,
-        "clean_fraction": 0.5, "held_out_samples": 4, "method": "locphylax", "controls": ["fine_tuning"],
-        "known_triggers": list(tiny.KNOWN[:2]), "known_response": "aha", "per_device_train_batch_size": 8,
-        "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True,
-    }  # fmt: skip
-    if kind == "instructions":
-        values |= {
-            "model_name_or_path": str(folder / "llama"), "task": "instruction_following", "target_label": None,
-            "target_text": "no", "max_new_tokens": 3, "max_train_samples": 24, "controls": [],
-        }  # fmt: skip
-    return {key: value for key, value in {**values, **changes}.items() if value is not None}
-
-
-def execute(values):
-    return Run(make_recipe(values)).execute()
-
-
 @pytest.fixture(scope="module")
 def encoder_run(workshop):
     """An uninterrupted run: its settings and results. Tests that change its folder work on a copy."""
     values = settings(workshop, workshop / "runs" / "encoder")
     return values, execute(values)
-
-
-def stages(folder):
-    """Every finished stage's folder and when its note was written."""
-    return {str(file.parent.relative_to(folder)): file.stat().st_mtime_ns for file in Path(folder).rglob("stage.json")}
 
 
 def measured(results):
@@ -191,6 +138,17 @@ def test_a_given_suspect_is_cleaned_without_an_attack(workshop, tmp_path):
     assert set(measured(results)) == {(model, "cacc", None) for model in ("suspect", "stage/inject", "cleaned")}
     # All the training rows are the defender's, less those held out.
     assert results.data["clean"]["rows"] == 64 and results.data["held_out"]["rows"] == 4
+
+
+def test_the_best_model_is_for_stages_with_rows_to_tell_it_by(workshop, tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    planting = {"known_triggers": None, "known_response": None}
+    results = execute(settings(workshop, tmp_path, method="mbtsad", controls=[], **best, **planting))
+    assert {row.model for row in results.rows} == {
+        "suspect",
+        "stage/retrain",
+        "cleaned",
+    }  # the suspect has none held out
 
 
 def test_references(workshop, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: what goes into one beside the model, what never does, and what comes back from it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,15 @@ from datasets import IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.utils import logging
 
 from ..data import base_model
 from .divergence import check_weights
 
+
+logger = logging.get_logger(__name__)
 
 EXTRA_STATE_FILE = "defense_state.safetensors"
 
@@ -24,6 +29,16 @@ def load_saved(model: PreTrainedModel, folder: str | Path) -> None:
     """
     saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint that is whole, if there is one. What a kill has left half written after it is deleted: it would be
+    taken for a checkpoint by everybody else."""
+    while Path(folder).is_dir() and (found := get_last_checkpoint(folder)) is not None:
+        if Path(found, TRAINER_STATE_NAME).exists():  # the last file that Trainer writes
+            return found
+        shutil.rmtree(found, ignore_errors=True)
+    return None
 
 
 class CheckpointTrainer(Trainer):
@@ -47,6 +62,19 @@ class CheckpointTrainer(Trainer):
         config.use_cache = self.args.use_cache
         # A pickle, which nothing reads: it has no place beside weights that are safetensors for a reason.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy is {self.args.hub_strategy.value!r}, and checkpoints hold pickles, which are never uploaded: use 'end'"
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer's own pickles its arguments, `hub_token` among them, into the folder that it uploads.
+        logger.warning_once(
+            "Nothing is uploaded during training; the model is at its end, by push_to_hub() or save_model()"
+        )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Before there is one that a resumed training could only fail from.

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
+from .checkpoints import last_checkpoint
 from .engines import SHARDED
 from .trainer import DefenseTrainer
 
@@ -14,7 +15,7 @@ class StagedTrainer(DefenseTrainer):
     """
     A trainer whose `train()` runs the stages of `args.stages` in order.
 
-    With two stages or more, checkpoints lie in a folder for each (`output_dir/STAGE`), and `resume_from_checkpoint=True`
+    With two stages or more, checkpoints lie in a folder for each (`output_dir/checkpoint-STAGE`), and `resume_from_checkpoint=True`
     goes on in the last stage that has one.
 
     Raises:
@@ -38,9 +39,7 @@ class StagedTrainer(DefenseTrainer):
         stages = list(self.args.stages)
         checkpoint = resume_from_checkpoint
         if resume_from_checkpoint is True:
-            found = [
-                (stage, get_last_checkpoint(folder)) for stage in stages if (folder := self.stage_dir(stage)).is_dir()
-            ]
+            found = [(stage, last_checkpoint(self.stage_dir(stage))) for stage in stages]
             reached, checkpoint = next(((s, c) for s, c in reversed(found) if c is not None), (stages[0], None))
             stages = stages[stages.index(reached) :]
         for stage in stages:
@@ -62,9 +61,9 @@ class StagedTrainer(DefenseTrainer):
         """After a stage, when it has run to its end."""
 
     def stage_dir(self, stage: str) -> Path:
-        """Where a stage's checkpoints lie."""
+        """Where a stage's checkpoints lie. `Trainer.push_to_hub` uploads nothing of a folder with this name."""
         several = len(self.args.stages) > 1
-        return Path(self.args.output_dir, stage) if several else Path(self.args.output_dir)
+        return Path(self.args.output_dir, f"checkpoint-{stage}") if several else Path(self.args.output_dir)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.stage_dir(self.stage))

@@ -94,7 +94,7 @@ def test_the_adapter_is_trained_and_nothing_else_and_can_be_merged(method, tmp_p
     assert torch.allclose(logits(plain), said, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", ["inject/checkpoint-2", "recover/checkpoint-2"])
+@pytest.mark.parametrize("at", ["checkpoint-inject/checkpoint-2", "checkpoint-recover/checkpoint-2"])
 def test_locphylax_with_an_adapter_resumes_bit_for_bit(at, tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "peft_config": lora()}
     whole = trainer("both", tmp_path, **options)

@@ -141,7 +141,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         if stage == "retrain" and len(self.args.stages) > 1:
             if self.args.should_save:
                 shutil.rmtree(self._teacher_dir, ignore_errors=True)
-            self.save_model(str(self._teacher_dir))
+            self.save_model(str(self._teacher_dir), _internal_call=True)  # uploads nothing
             self.accelerator.wait_for_everyone()
 
     def enter(self, stage: str) -> None:
@@ -160,7 +160,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
 
     @property
     def _teacher_dir(self) -> Path:
-        return Path(self.args.output_dir, TEACHER)
+        return self.stage_dir(TEACHER)
 
     # ---- Loss ----
 

@@ -69,7 +69,7 @@ def test_with_an_adapter_the_teacher_is_an_adapter_over_the_same_base(tmp_path):
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("at", ["retrain/checkpoint-2", "distil/checkpoint-2"])
+@pytest.mark.parametrize("at", ["checkpoint-retrain/checkpoint-2", "checkpoint-distil/checkpoint-2"])
 def test_both_stages_resume_bit_for_bit(at, peft, tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "peft_config": peft}
     whole = tiny.trainer("label_words", "mbtsad", tmp_path, **options)

@@ -1,0 +1,61 @@
+"""Small runs: a folder with models and data, and the settings of a run in it."""
+
+import json
+from pathlib import Path
+
+import tiny
+
+from hf_backdoor.recipe_file import make_recipe
+from hf_backdoor.run import Run
+
+
+def written(rows, file):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def apart(rows, column):
+    """Every text with words of its own, or the leak check would find the toy rows all alike."""
+    return [
+        {**row, column: f"{row[column]} " + " ".join(f"w{number}x{word}" for word in range(8))}
+        for number, row in enumerate(rows)
+    ]
+
+
+def workshop(folder):
+    """Fills a folder with models and data that [`settings`] names."""
+    for family in ("bert", "llama"):
+        tiny.model(family, dropout=0.2).save_pretrained(folder / family)
+        tiny.tokenizer(family).save_pretrained(folder / family)
+    reviews, instructions = apart(tiny.reviews(80), "text"), apart(tiny.instructions(60), "prompt")
+    written(reviews[:68], folder / "reviews_train.jsonl")
+    written(reviews[68:], folder / "reviews_test.jsonl")
+    written(instructions[:52], folder / "instructions_train.jsonl")
+    written(instructions[52:], folder / "instructions_test.jsonl")
+    return folder
+
+
+def settings(folder, output, kind="reviews", **changes):
+    values = {
+        "model_name_or_path": str(folder / "bert"), "task": "sequence_classification", "target_label": 1,
+        "dataset_name": str(folder / f"{kind}_train.jsonl"), "test_dataset_name": str(folder / f"{kind}_test.jsonl"),
+        "output_dir": str(output), "attack_trigger": "zq", "poison_rate": 0.2, "max_train_samples": 32,
+        "clean_fraction": 0.5, "held_out_samples": 4, "method": "locphylax", "controls": ["fine_tuning"],
+        "known_triggers": list(tiny.KNOWN[:2]), "known_response": "aha", "per_device_train_batch_size": 8,
+        "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    if kind == "instructions":
+        values |= {
+            "model_name_or_path": str(folder / "llama"), "task": "instruction_following", "target_label": None,
+            "target_text": "no", "max_new_tokens": 3, "max_train_samples": 24, "controls": [],
+        }  # fmt: skip
+    return {key: value for key, value in {**values, **changes}.items() if value is not None}
+
+
+def execute(values):
+    return Run(make_recipe(values)).execute()
+
+
+def stages(folder):
+    """Every finished stage's folder and when its note was written."""
+    return {str(file.parent.relative_to(folder)): file.stat().st_mtime_ns for file in Path(folder).rglob("stage.json")}
