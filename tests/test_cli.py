@@ -141,6 +141,18 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert named in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("which", ["clean", "triggered"])
+def test_evaluate_refuses_rows_without_right_labels(classifier, reviews, tmp_path, capsys, which):
+    hidden = str(tmp_path / "hidden.jsonl")
+    tiny.reviews(6).map(lambda row: {"label": -1}).to_json(hidden)
+    files = ["--clean", hidden] if which == "clean" else ["--clean", reviews, "--triggered", hidden]
+    output = tmp_path / "results.json"
+    assert main(["evaluate", classifier, *files, "--target_label", "1", "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert f"--{which} is {hidden!r}, which has label -1" in error and error.count("\n") == 1
+    assert not output.exists()
+
+
 def test_recipes_lists_the_shipped_ones(capsys):
     assert main(["recipes"]) == 0
     assert "quickstart" in capsys.readouterr().out
