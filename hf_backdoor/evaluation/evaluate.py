@@ -56,9 +56,17 @@ class TestSet:
         """Triggered twins of the clean rows that the attack is about: those whose right answer is not the target.
 
         Raises:
-            `ValueError`: if no such row is left, a row ended up without the trigger, or a trigger is a rewriting, whose texts
-                have other right labels than the rows that they would take the place of.
+            `ValueError`: if no such row is left, a row ended up without the trigger, two triggers have one name, or a trigger is
+                a rewriting, whose texts have other right labels than the rows that they would take the place of.
         """
+        names = [trigger.name for trigger in triggers]
+        for name in names:
+            # Rows are told apart by it alone: the second one's would stand in the place of the first one's.
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"trigger {name!r} is there {names.count(name)} times: give each a name of its own, as in "
+                    "Trigger(text, position, name), or measure them one by one"
+                )
         for trigger in triggers:
             if isinstance(trigger, Rewriting):
                 raise ValueError(

@@ -69,6 +69,14 @@ def test_a_lost_trigger_is_refused():
         evaluation.TestSet.stamped(REVIEWS, CLASSES, [Lost("zq")], 1, seed=0)
 
 
+def test_triggers_of_one_name_are_refused():
+    triggers = [Trigger("zq", "start"), Trigger("zq", "end")]
+    with pytest.raises(ValueError, match="^trigger 'zq' is there 2 times: give each a name of its own"):
+        evaluation.TestSet.stamped(REVIEWS, CLASSES, triggers, 1, seed=0)
+    named = [Trigger("zq", "start", "first"), Trigger("zq", "end", "last")]
+    assert set(evaluation.TestSet.stamped(REVIEWS, CLASSES, named, 1, seed=0).triggered) == {"first", "last"}
+
+
 def test_a_rewriting_can_not_be_stamped():
     with pytest.raises(ValueError, match="^trigger 'style' is a rewriting, which can't be stamped on test rows"):
         evaluation.TestSet.stamped(REVIEWS, CLASSES, [Rewriting("style", ("when",))], 1, seed=0)
