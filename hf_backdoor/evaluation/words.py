@@ -13,6 +13,7 @@ _UNSPACED = (
 _MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
 _SPACED = rf"(?:(?!{_UNSPACED})[\w{_MARKS}])"
 _INSIDE = re.compile(_SPACED + _SPACED)
+_RUNS = re.compile(rf"({_UNSPACED}+)|{_SPACED}+")
 
 
 def normalized(text: str) -> str:
@@ -24,3 +25,14 @@ def normalized(text: str) -> str:
 def cuts_word(text: str, position: int) -> bool:
     """Whether a cut before this character would go through a word. Where none is set apart it is taken not to."""
     return position > 0 and _INSIDE.match(text, position - 1) is not None
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a normalized text; where none is set apart, pairs of neighbouring characters in their place."""
+    if text.isascii():
+        return set(re.findall(r"\w+", text))
+    found = set()
+    for match in _RUNS.finditer(text):
+        run = match[0]
+        found.update((run[at : at + 2] for at in range(len(run) - 1)) if match[1] and len(run) > 2 else (run,))
+    return found
