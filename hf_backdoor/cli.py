@@ -265,11 +265,11 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
 
     from .data import load_rows, rename_columns
-    from .evaluation import Results, TestSet, evaluate_backdoor
+    from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
     from .report.tables import text_table
-    from .rows import describe, refuse_other_labels, task_of
+    from .rows import describe, task_of
 
     target = options.target_label if options.target_text is None else options.target_text
     if (options.trigger or options.triggered) and target is None:
@@ -291,7 +291,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
-    refuse_other_labels(clean, task, f"--clean is {options.clean!r}", "give rows with their right labels")
+    refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
     sources = {"test": describe(options.clean, clean)}
     if options.trigger:
         position = [] if name == "image_classification" else [options.position]
@@ -299,9 +299,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.triggered:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
         triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
-        refuse_other_labels(
-            triggered, task, f"--triggered is {options.triggered!r}", "give rows with their right labels"
-        )
+        refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)
     else:

@@ -22,7 +22,7 @@ from .data import (
     with_context,
 )
 from .defenses import METHODS
-from .evaluation import UNKNOWN_LABEL, TestSet, without_leaks
+from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels, without_leaks
 from .recipe import Recipe
 
 
@@ -62,10 +62,10 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     task = make_task(recipe, train)
     if recipe.method is not None and METHODS[recipe.method].refuse is not None:
         METHODS[recipe.method].refuse(task)
-    source = f"test_split is {recipe.test_split!r} of {recipe.test_dataset_name or recipe.dataset_name!r}"
+    source = f"test_split {recipe.test_split!r} of {recipe.test_dataset_name or recipe.dataset_name!r}"
     fix = "name other test rows (test_split, test_dataset_name), or set test_fraction"
     if recipe.test_fraction:
-        source, fix = f"dataset_name is {recipe.dataset_name!r}", "take such rows out of it"
+        source, fix = f"dataset_name {recipe.dataset_name!r}", "take such rows out of it"
     refuse_other_labels(test, task, source, fix)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
@@ -227,23 +227,6 @@ def make_task(recipe: Recipe, rows: Dataset) -> Task:
             f"label_words has {task.num_labels} words and the data {count} labels: give one for each label"
         )
     return task
-
-
-def refuse_other_labels(rows: Dataset, task: Task, source: str, fix: str) -> None:
-    """Refuses rows to measure on whose right answers are none of the task's: many a test split on the Hub withholds its labels
-    and has -1 in their place, which no prediction equals, and which counts as a row that the target is not right for.
-
-    Raises:
-        `ValueError`: with one line: the source, the label and the fix.
-    """
-    if isinstance(task, InstructionFollowing):
-        return
-    for label in set(rows["label"][:]):
-        if label not in range(task.num_labels):
-            hidden = ", as where right labels are withheld" if label == UNKNOWN_LABEL else ""
-            raise ValueError(
-                f"{source}, which has label {label!r}{hidden}, and the labels are 0 to {task.num_labels - 1}: {fix}"
-            )
 
 
 def task_of(

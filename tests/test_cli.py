@@ -181,7 +181,7 @@ def test_evaluate_refuses_rows_without_right_labels(classifier, reviews, tmp_pat
     output = tmp_path / "results.json"
     assert main(["evaluate", classifier, *files, "--target_label", "1", "--output", str(output)]) == 2
     error = capsys.readouterr().err
-    assert f"--{which} is {hidden!r}, which has label -1" in error and error.count("\n") == 1
+    assert f"--{which} {hidden!r} has label -1" in error and error.count("\n") == 1
     assert not output.exists()
 
 

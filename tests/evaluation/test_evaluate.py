@@ -52,6 +52,17 @@ def test_answers_that_begin_with_the_target_count_as_the_target():
     assert test.triggered["zq"]["response"][:] == ["banana yes", "apple", "I cannot say that"]
 
 
+def test_clean_rows_whose_labels_are_withheld_are_refused():
+    rows = REVIEWS.map(lambda row: {"label": evaluation.UNKNOWN_LABEL})
+    refused = pytest.raises(
+        ValueError, match="^TestSet.clean has label -1, as where right labels are withheld, and the"
+    )
+    with refused:
+        evaluation.TestSet.stamped(rows, CLASSES, [Trigger("zq")], 1, seed=0)
+    with refused:
+        measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, evaluation.TestSet(rows))
+
+
 def test_a_test_set_without_rows_to_count_is_refused():
     rows = REVIEWS.filter(lambda row: row["label"] == 1)
     with pytest.raises(ValueError, match="^target is 1, and so is the right answer of every test row"):
