@@ -22,6 +22,9 @@ KEYS = (
     "explains them."
 )
 
+# Where rows to measure on are looked for: those of a training split may be what the model was trained on.
+SPLITS = ("test", "validation", "train")
+
 # Names that data sets in the wild use for the columns of a task.
 SYNONYMS = {
     "image": ("image", "img", "picture", "pixels"),
@@ -77,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", evaluate_command, "Measure a model on clean and triggered rows.")
     evaluate.add_argument("model", help="model: folder or Hub name")
     evaluate.add_argument("--clean", required=True, help="clean rows with right answers")
+    evaluate.add_argument(
+        "--split", help=f"split of a folder or Hub data set (default: the first that is there of {', '.join(SPLITS)})"
+    )
     what = evaluate.add_mutually_exclusive_group()
     what.add_argument("--triggered", help="rows with the trigger in, and right answers")
     what.add_argument("--trigger", help="trigger text to put into the clean rows; for images patch, corners or warp")
@@ -261,7 +267,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
 
     from .data import load_rows, rename_columns
-    from .evaluation import Results, TestSet, evaluate_backdoor
+    from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
     from .report.tables import text_table
@@ -270,7 +276,13 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     target = options.target_label if options.target_text is None else options.target_text
     if (options.trigger or options.triggered) and target is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
-    clean = load_rows(options.clean)
+    files = [Path(source).is_file() for source in (options.clean, options.triggered) if source is not None]
+    if options.split is not None and all(files):
+        raise ValueError(
+            f"--split is {options.split!r}, and {options.clean!r} is one file, which has none: leave it out"
+        )
+    clean = load_rows(options.clean, split=options.split or SPLITS)
+    split = None if files[0] else str(clean.split)
     name, columns = find_task(options.model, clean.column_names, options.label_words)
     if isinstance(target, str) != (name == "instruction_following") and target is not None:
         raise ValueError(
@@ -281,13 +293,15 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
+    refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
     sources = {"test": describe(options.clean, clean)}
     if options.trigger:
         position = [] if name == "image_classification" else [options.position]
         test = TestSet.stamped(clean, task, [task.trigger(options.trigger, *position)], target, options.seed)
     elif options.triggered:
-        triggered = load_rows(options.triggered)
+        triggered = load_rows(options.triggered, split=options.split or SPLITS)
         triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
+        refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)
     else:
@@ -303,9 +317,10 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         batch_size=options.batch_size,
     )
     recipe = {key: value for key, value in vars(options).items() if key not in ("command", "takes_overrides")}
+    recipe["split"] = split
     results = Results(rows=rows, recipe=recipe, versions=versions(), data=sources, examples=examples)
     results.save(options.output)
-    print(text_table(results))
+    print(f"Clean rows: {len(clean)} of {options.clean}{f', split {split}' if split else ''}\n\n{text_table(results)}")
     return 0
 
 

@@ -25,7 +25,7 @@ REMOVED = {
     "save_safetensors": "nothing: weights are always safetensors",
     "group_by_length": "train_sampling_strategy: group_by_length",
     "include_inputs_for_metrics": "include_for_metrics",
-    "push_to_hub_token": "hub_token",
+    "push_to_hub_token": "the environment variable HF_TOKEN",
     "push_to_hub_model_id": "hub_model_id",
     "torch_dtype": "dtype",
     "load_in_4bit": "quantization: nf4",
@@ -110,6 +110,10 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 def checked_training(key: str, value: Any, hints: dict[str, Any], known: list[str], prefix: str = "") -> Any:
     if key in REMOVED:
         raise ValueError(f"{prefix}{key} is {value!r}: transformers 5 has no {key}; use {REMOVED[key]}")
+    if key == "hub_token":
+        raise ValueError(
+            f"{prefix}hub_token is set, and recipes are kept and published: leave it out, and set HF_TOKEN or run `hf auth login`"
+        )
     if key in hints:
         return checked(prefix + key, value, hints[key])
     near = difflib.get_close_matches(str(key), known, 1)

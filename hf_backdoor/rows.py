@@ -22,7 +22,7 @@ from .data import (
     with_context,
 )
 from .defenses import METHODS
-from .evaluation import UNKNOWN_LABEL, TestSet, without_leaks
+from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels, without_leaks
 from .recipe import Recipe
 
 
@@ -62,6 +62,11 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     task = make_task(recipe, train)
     if recipe.method is not None and METHODS[recipe.method].refuse is not None:
         METHODS[recipe.method].refuse(task)
+    source = f"test_split {recipe.test_split!r} of {recipe.test_dataset_name or recipe.dataset_name!r}"
+    fix = "name other test rows (test_split, test_dataset_name), or set test_fraction"
+    if recipe.test_fraction:
+        source, fix = f"dataset_name {recipe.dataset_name!r}", "take such rows out of it"
+    refuse_other_labels(test, task, source, fix)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
     test = cut(test, task, recipe, processor)

@@ -28,6 +28,7 @@ from .defenses import DefenseTrainer
 from .defenses.engines import forget_engine, zero3_launched
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
+from .evaluation.evaluate import COUNTING
 from .folders import begin, fingerprint, finished, main_process, recipe_is, refuse_foreign, write_json, write_yaml
 from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions, without_weights
 from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
@@ -207,7 +208,7 @@ class Run:
         file = folder / f"{name.replace('/', '-')}.json"
         bf16 = bool(recipe.training.get("bf16"))
         print_ = fingerprint(
-            name, self.models.origin(model_name), self.reads, recipe.target, self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
+            COUNTING, name, self.models.origin(model_name), self.reads, recipe.target, self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
             recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed, recipe.dtype, recipe.attn_implementation,
         )  # fmt: skip
         done = json.loads(file.read_text()) if file.exists() else {}

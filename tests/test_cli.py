@@ -114,6 +114,38 @@ def test_evaluate_reads_each_file_once(classifier, reviews, tmp_path, monkeypatc
     assert read == [reviews, triggered]
 
 
+def test_evaluate_measures_on_the_test_split_or_the_one_it_is_told(classifier, tmp_path, capsys):
+    rows, output = tmp_path / "rows", tmp_path / "results.json"
+    rows.mkdir()
+    command = ["evaluate", classifier, "--clean", str(rows), "--output", str(output)]
+
+    def measured_on(*more):
+        assert main([*command, *more]) == 0
+        results = Results.load(output)
+        assert f"of {rows}, split {results.recipe['split']}\n" in capsys.readouterr().out
+        return results.recipe["split"], {row.metric: row.n for row in results.rows}["cacc"]
+
+    for number, split in enumerate(("train", "validation", "test"), start=3):
+        tiny.reviews(2 * number).to_parquet(rows / f"{split}.parquet")
+        assert measured_on() == (split, 2 * number)
+    assert measured_on("--split", "train") == ("train", 6)
+    both = ["--triggered", str(rows), "--target_label", "1", "--split", "validation"]
+    assert measured_on(*both) == ("validation", 8)
+    assert {row.metric: row.n for row in Results.load(output).rows}["asr"] == 4
+    assert main([*command, "--split", "dev"]) == 2
+    error = capsys.readouterr().err
+    assert f"split 'dev' is not in {str(rows)!r} (train, validation, test)" in error and error.count("\n") == 1
+
+
+def test_evaluate_refuses_a_split_of_a_file(classifier, reviews, tmp_path, capsys):
+    arguments = ["--clean", reviews, "--split", "test", "--output", str(tmp_path / "results.json")]
+    assert main(["evaluate", classifier, *arguments]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"hf-backdoor: --split is 'test', and {reviews!r} is one file, which has none: leave it out\n"
+    )
+
+
 def test_evaluate_a_chat_model(chat_model, tmp_path):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.json"
     tiny.instructions(6).rename_column("prompt", "instruction").rename_column("response", "output").to_json(rows)
@@ -139,6 +171,18 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert main(["evaluate", classifier, "--clean", reviews, *arguments, *output]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("which", ["clean", "triggered"])
+def test_evaluate_refuses_rows_without_right_labels(classifier, reviews, tmp_path, capsys, which):
+    hidden = str(tmp_path / "hidden.jsonl")
+    tiny.reviews(6).map(lambda row: {"label": -1}).to_json(hidden)
+    files = ["--clean", hidden] if which == "clean" else ["--clean", reviews, "--triggered", hidden]
+    output = tmp_path / "results.json"
+    assert main(["evaluate", classifier, *files, "--target_label", "1", "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert f"--{which} {hidden!r} has label -1" in error and error.count("\n") == 1
+    assert not output.exists()
 
 
 def test_recipes_lists_the_shipped_ones(capsys):

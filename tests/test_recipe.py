@@ -190,6 +190,10 @@ def test_stages_are_checked_like_the_rest():
             {"method": "locphylax", "stages": {"suspect": {"cluster_weight": 3.0}}},
             "stages.suspect.cluster_weight is 3.0, and this stage has no such argument",
         ),
+        (
+            {"hub_token": "hf_secret"},
+            "^hub_token is set, and recipes are kept and published: leave it out, and set HF_TOKEN",
+        ),
         ({"save_only_model": True}, "save_only_model is true: a run that is killed could not go on"),
         ({"push_to_hub": True}, "push_to_hub is true without hub_model_id"),
         ({"reference": "train"}, "reference is 'train' without an attack"),

@@ -156,6 +156,27 @@ def test_rewritten_texts_without_rows_to_count_are_refused(folder, elsewhere):
         prepare_rows(given, tiny.encoder_tokenizer())
 
 
+@pytest.mark.parametrize("label, hidden", [(-1, ", as where right labels are withheld"), (2, "")])
+def test_test_rows_without_right_labels_are_refused(folder, label, hidden):
+    rows = [json.loads(line) | {"label": label} for line in (folder / "test.jsonl").read_text().splitlines()]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = f"^test_split 'test' of '.*test.jsonl' has label {label}{hidden}, and the labels are 0 to 1: name other "
+    with pytest.raises(ValueError, match=line):
+        prepare_rows(recipe(folder), tiny.encoder_tokenizer())
+
+
+def test_a_share_of_rows_without_right_labels_is_refused(folder):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    texts = [json.loads(line)["text"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    labels = {"text": texts, "label": [-1] * len(texts)}
+    datasets.Dataset.from_dict(labels, features=features).to_parquet(folder / "hidden.parquet")
+    given = recipe(folder, dataset_name=str(folder / "hidden.parquet"), test_dataset_name=None, test_fraction=0.2)
+    with pytest.raises(ValueError, match="^dataset_name '.*hidden.parquet' has label -1, as where"):
+        prepare_rows(given, tiny.encoder_tokenizer())
+
+
 def test_a_trigger_may_be_called_as_a_set_of_rows_is(folder):
     sources = prepare_rows(recipe(folder, attack_trigger="attack"), tiny.encoder_tokenizer()).sources
     assert sources["attack"]["source"] == sources["clean"]["source"] == str(folder / "train.jsonl")

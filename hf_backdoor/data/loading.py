@@ -19,7 +19,7 @@ SHUFFLE_BUFFER = 10_000
 def load_rows(
     source: str,
     *,
-    split: str = "train",
+    split: str | tuple[str, ...] = "train",
     config: str | None = None,
     revision: str | None = None,
     columns: dict[str, str] | None = None,
@@ -32,8 +32,9 @@ def load_rows(
     Args:
         source (`str`):
             Hub name (`"stanfordnlp/sst2"`), folder, or file.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a Hub data set or folder; a single file has one only.
+        split (`str` or `tuple[str, ...]`, *optional*, defaults to `"train"`):
+            Split of a Hub data set or folder, or several, of which the first that is there is taken (the rows' `split` says
+            which); a single file has one only.
         columns (`dict[str, str]`, *optional*):
             New name to present name, for example `{"text": "sentence"}`.
         where (`dict[str, Any]`, *optional*):
@@ -70,7 +71,7 @@ def load_rows(
 
 
 def _open(
-    source: str, split: str, config: str | None, revision: str | None, streaming: bool
+    source: str, split: str | tuple[str, ...], config: str | None, revision: str | None, streaming: bool
 ) -> Dataset | IterableDataset:
     path = Path(source)
     if path.is_file():
@@ -87,9 +88,14 @@ def _open(
         raise ValueError(
             f"dataset_name is {source!r}, which can't be loaded ({reason}): give a file, a folder or a name on the Hub"
         ) from None
-    if split not in sets:
-        raise ValueError(f"split {split!r} is not in {source!r} ({', '.join(sets)}): set train_split or test_split")
-    return sets[split]
+    wanted = (split,) if isinstance(split, str) else split
+    for name in wanted:
+        if name in sets:
+            return sets[name]
+    raise ValueError(
+        f"split {' or '.join(map(repr, wanted))} is not in {source!r} ({', '.join(sets)}): set train_split or test_split (of "
+        "`hf-backdoor evaluate`, --split)"
+    )
 
 
 def take_rows(stream: IterableDataset, count: int) -> Dataset:

@@ -1,6 +1,6 @@
 """Measuring: one evaluation for every model, with counts and intervals."""
 
-from .evaluate import UNKNOWN_LABEL, TestSet, evaluate_backdoor
+from .evaluate import UNKNOWN_LABEL, TestSet, evaluate_backdoor, refuse_other_labels
 from .leaks import overlapping, without_leaks
 from .results import Results, Row, wilson_interval
 
@@ -12,6 +12,7 @@ __all__ = [
     "TestSet",
     "evaluate_backdoor",
     "overlapping",
+    "refuse_other_labels",
     "wilson_interval",
     "without_leaks",
 ]

@@ -28,6 +28,8 @@ from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .results import Row
 
 
+# Raised where metrics come to be counted otherwise: what a run has measured before is measured again.
+COUNTING = 2
 # Answers that are kept and published, of each model and trigger: enough to look at, too few to spread a jailbreak's.
 EXAMPLES = 20
 # Of triggered rows whose right labels nobody knows: a set with one of them has no robust accuracy.
@@ -56,9 +58,18 @@ class TestSet:
         """Triggered twins of the clean rows that the attack is about: those whose right answer is not the target.
 
         Raises:
-            `ValueError`: if no such row is left, a row ended up without the trigger, or a trigger is a rewriting, whose texts
-                have other right labels than the rows that they would take the place of.
+            `ValueError`: if a label is none of the task's, no such row is left, a row ended up without the trigger, two triggers have one name, or a trigger is
+                a rewriting, whose texts have other right labels than the rows that they would take the place of.
         """
+        refuse_other_labels(clean, task, "TestSet.clean")
+        names = [trigger.name for trigger in triggers]
+        for name in names:
+            # Rows are told apart by it alone: the second one's would stand in the place of the first one's.
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"trigger {name!r} is there {names.count(name)} times: give each a name of its own, as in "
+                    "Trigger(text, position, name), or measure them one by one"
+                )
         for trigger in triggers:
             if isinstance(trigger, Rewriting):
                 raise ValueError(
@@ -81,6 +92,23 @@ class TestSet:
 
 def is_target(answer: int | str, target: int | str) -> bool:
     return shows(answer, target) if isinstance(answer, str) else answer == target
+
+
+def refuse_other_labels(rows: Dataset, task: Task, source: str, fix: str = "give rows with right labels") -> None:
+    """Refuses rows to measure on whose right answers are none of the task's: many a test split on the Hub withholds its labels
+    and has -1 in their place, which no prediction equals, and which counts as a row that the target is not right for.
+
+    Raises:
+        `ValueError`: with one line: the source, the label and the fix.
+    """
+    if isinstance(task, InstructionFollowing):
+        return
+    for label in set(rows["label"][:]):
+        if label not in range(task.num_labels):
+            hidden = ", as where right labels are withheld" if label == UNKNOWN_LABEL else ""
+            raise ValueError(
+                f"{source} has label {label!r}{hidden}, and the labels are 0 to {task.num_labels - 1}: {fix}"
+            )
 
 
 def evaluate_backdoor(
@@ -110,7 +138,11 @@ def evaluate_backdoor(
     Returns:
         The rows, and (generation only) the first `EXAMPLES` answers without and with each trigger, as
         `{model, prompt, trigger, answer}`.
+
+    Raises:
+        `ValueError`: if a clean row's label is none of the task's, or the model's logits are not numbers.
     """
+    refuse_other_labels(test.clean, task, "TestSet.clean")
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}
     if isinstance(task, InstructionFollowing):

@@ -1,6 +1,5 @@
 """Rows that stand on both sides of an evaluation: a defense that trained on its test prompts proves nothing."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL.Image import Image as Picture
 from scipy.sparse import csr_array
 
 from ..data import pixels_digest
+from .words import normalized, words_of
 
 
 # Rows compared at a time: bounds the memory of the product of the two word matrices.
@@ -16,7 +16,8 @@ CHUNK = 2000
 
 
 def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 0.5) -> list[int]:
-    """Which of `texts` say almost what one of `others` says: word-set Jaccard over `threshold`, or equal words.
+    """Which of `texts` say almost what one of `others` says: word-set Jaccard over `threshold`, or the same text but for case
+    and white space (marks alone have no words).
 
     Args:
         texts, others (`Sequence[str]`): The defender's texts, and the evaluation's.
@@ -25,11 +26,13 @@ def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 
     Returns:
         `list[int]`: Indices into `texts`, ascending.
     """
+    texts, others = ([normalized(text) for text in part] for part in (texts, others))
     words: dict[str, int] = {}
     counts = [_word_matrix(part, words) for part in (texts, others)]
     first, second = (csr_array(parts, shape=(len(parts[2]) - 1, len(words))) for parts in counts)
     sizes = [matrix.sum(axis=1) for matrix in (first, second)]
-    found: set[int] = set()
+    same = set(others) - {""}
+    found = {row for row, text in enumerate(texts) if text in same}
     for start in range(0, first.shape[0], CHUNK):
         shared = (first[start : start + CHUNK] @ second.T).tocoo()
         rows, columns = shared.coords
@@ -42,7 +45,7 @@ def _word_matrix(texts: Sequence[str], words: dict[str, int]) -> tuple[np.ndarra
     """Data, column indices and row pointers of a text-by-word matrix of ones; new words are added to `words`."""
     indices, pointers = [], [0]
     for text in texts:
-        indices.extend({words.setdefault(word, len(words)) for word in re.findall(r"\w+", text.lower())})
+        indices.extend({words.setdefault(word, len(words)) for word in words_of(text)})
         pointers.append(len(indices))
     return np.ones(len(indices)), np.array(indices, dtype=np.int64), np.array(pointers)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from .credentials import without_secrets
+
 
 SCHEMA_VERSION = 1
 CONFIDENCE = 0.95
@@ -169,7 +171,7 @@ class Results:
         rows (`list[Row]`): The measurements.
         costs (`list[dict]`): Per stage `stage` (its name), `seconds`, `tokens` (trained or read, or `None`) and
             `peak_memory` (bytes, or `None` where it was not measured).
-        recipe (`dict`): The recipe as it was run.
+        recipe (`dict`): The recipe as it was run. Secrets in it are neither written nor read.
         versions (`dict`): Package name -> version.
         data (`dict`): Name of a data set -> `source`, `rows` (a count) and `sha256` of its content.
         examples (`list[dict]`): `model`, `prompt` (as the model got it), `trigger` (or `None`) and `answer`.
@@ -189,6 +191,7 @@ class Results:
             "schema_version": SCHEMA_VERSION,
             **{f.name: getattr(self, f.name) for f in fields(self)},
             "rows": rows,
+            "recipe": without_secrets(self.recipe),
         }
 
     @classmethod
@@ -210,7 +213,9 @@ class Results:
         for index, row in enumerate(document["rows"]):
             _check_keys(row, [f.name for f in fields(Row)], f"rows[{index}]")
             rows.append(Row(**row))
-        results = cls(**{name: document[name] for name in names[1:]} | {"rows": rows})
+        # A file of an earlier version may hold secrets, which a report would show.
+        own = {"rows": rows, "recipe": without_secrets(document["recipe"])}
+        results = cls(**{name: document[name] for name in names[1:]} | own)
         results.check()
         return results
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import reprlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from hf_backdoor.evaluation.credentials import without_secrets
 from hf_backdoor.evaluation.results import Results
 from hf_backdoor.report.card import model_card
 from hf_backdoor.report.scrub import scrub, scrub_results
@@ -77,16 +79,18 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
         `str`: Address of the repository.
 
     Raises:
-        ValueError: If the run has no complete model in safetensors or no valid results, or if a private repository was
-            asked for and a public one with this name exists.
+        ValueError: If the run has no complete model in safetensors, no valid results or those of another recipe, or if a
+            private repository was asked for and a public one with this name exists.
     """
     run_dir = Path(run_dir)
     validate_repo_id(repo_id)
-    results = scrub_results(Results.load(run_dir / "results.json"))
+    results = Results.load(run_dir / "results.json")
+    recipe = _recipe(run_dir / "recipe.yaml", results)
+    results = scrub_results(results)
     with tempfile.TemporaryDirectory(prefix="hf-backdoor-") as temporary:
         staged = Path(temporary)
         adapter = _stage_model(run_dir / "cleaned", staged)
-        (staged / "recipe.yaml").write_text(_recipe(run_dir / "recipe.yaml", results), encoding="utf-8")
+        (staged / "recipe.yaml").write_text(recipe, encoding="utf-8")
         results.save(staged / "results.json")
         # From here on the Hub is asked: everything that can be refused was refused before.
         api = HfApi(token=token)
@@ -180,9 +184,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _recipe(path: Path, results: Results) -> str:
     """The recipe as YAML, scrubbed. Comments are left out: they may say anything."""
     if not path.is_file():
-        return recipe_yaml(results)
+        return recipe_yaml(scrub_results(results))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the recipe") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__}, not a mapping; correct the recipe")
+    _refuse_other_recipe(path, content, results.recipe)
     return yaml.safe_dump(scrub(content), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _refuse_other_recipe(path: Path, content: dict[str, Any], measured: dict[str, Any]) -> None:
+    """A run writes its recipe when it begins, and its results when it ends: where they differ, the weights may be those of a run
+    that came later and was not measured. What is published, and where to, changes neither."""
+    # Both as JSON has them, which knows no tuples; a run leaves out no key, and an older one had fewer.
+    there, here = (json.loads(json.dumps(without_secrets(values), default=str)) for values in (content, measured))
+    for key in [*there, *(key for key in here if key not in there)]:
+        if there.get(key) != here.get(key) and key not in ("output_dir", "push_to_hub") and not key.startswith("hub_"):
+            raise ValueError(
+                f"{path}: {key} is {reprlib.repr(there.get(key))}, and was {reprlib.repr(here.get(key))} when results.json was "
+                "measured; finish the run with `hf-backdoor run` first"
+            )

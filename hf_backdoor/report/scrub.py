@@ -4,13 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hf_backdoor.evaluation.credentials import SECRETS, TOKEN
 from hf_backdoor.evaluation.results import Results
 
 
-_SECRETS = {"hub_token", "token", "use_auth_token", "api_key", "password", "secret"}
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_PATH_INSIDE = re.compile(r"(?<![\w/.~-])(?:/[\w.@+-]+){2,}/?")  # not the one of a web address
-_PATH = re.compile(r"(?:file://)?((?:/|~|[A-Za-z]:[\\/]|\\\\).*)")
+# What leads out of a folder tells of others as an absolute path does; without `..` it may be a name on the Hub.
+_OUTWARDS = r"(?:[^\s\\/:]+[\\/])*\.\.[\\/]"
+_PATH_INSIDE = re.compile(  # not the one of a web address
+    r"(?<![\w/.~-])(?:(?:/[\w.@+-]+){2,}|(?:[\w.@+~-]+/)*\.\.(?:/[\w.@+-]+)+)/?"
+)
+_PATH = re.compile(rf"(?:file://)?((?:/|~|[A-Za-z]:[\\/]|\\\\|{_OUTWARDS}).*)")
 
 
 def scrub(value: Any) -> Any:
@@ -30,7 +33,7 @@ def scrub(value: Any) -> Any:
     if isinstance(value, dict):
         copy = {}
         for key, item in value.items():
-            if key in _SECRETS and isinstance(item, str):
+            if key in SECRETS and isinstance(item, str):
                 continue
             new = scrub(key)
             while new in copy:  # two paths may end alike
@@ -46,7 +49,7 @@ def scrub_text(text: str) -> str:
         if len(Path(root).parts) > 1:
             found = re.compile(rf"(?<![\w.~-]){re.escape(root)}(?:[\\/][^\s'\",;:]*)?(?![\w-])")
             text = found.sub(lambda match: _last(match[0]), text)
-    return _TOKEN.sub("[removed]", text)
+    return TOKEN.sub("[removed]", text)
 
 
 def scrub_results(results: Results) -> Results:

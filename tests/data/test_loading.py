@@ -40,6 +40,12 @@ def test_a_folder_has_splits(tmp_path):
         tiny.reviews(count).to_parquet(tmp_path / f"{split}.parquet")
     assert len(load_rows(str(tmp_path), split="train")) == 3
     assert len(load_rows(str(tmp_path), split="test")) == 2
+    assert [
+        load_rows(str(tmp_path), split=names).split for names in (("dev", "test", "train"), ("train", "test"))
+    ] == [
+        "test",
+        "train",
+    ]
     with pytest.raises(ValueError, match="split 'dev' is not in .*train.*: set train_split or test_split"):
         load_rows(str(tmp_path), split="dev")
 

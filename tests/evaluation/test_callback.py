@@ -88,3 +88,12 @@ def test_a_target_that_is_every_answer_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="target is 1"):
         BackdoorEvaluationCallback(trainer, SequenceClassification(2), rows, [Trigger("zq")], target=1)
+
+
+def test_triggers_of_one_name_are_refused(tmp_path):
+    trainer = Trainer(
+        tiny.model("bert"), TrainingArguments(str(tmp_path), use_cpu=True), processing_class=tiny.encoder_tokenizer()
+    )
+    triggers = [Trigger("zq", "start"), Trigger("zq", "end")]
+    with pytest.raises(ValueError, match="^trigger 'zq' is there 2 times"):
+        BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(8), triggers, target=1)

@@ -52,6 +52,17 @@ def test_answers_that_begin_with_the_target_count_as_the_target():
     assert test.triggered["zq"]["response"][:] == ["banana yes", "apple", "I cannot say that"]
 
 
+def test_clean_rows_whose_labels_are_withheld_are_refused():
+    rows = REVIEWS.map(lambda row: {"label": evaluation.UNKNOWN_LABEL})
+    refused = pytest.raises(
+        ValueError, match="^TestSet.clean has label -1, as where right labels are withheld, and the"
+    )
+    with refused:
+        evaluation.TestSet.stamped(rows, CLASSES, [Trigger("zq")], 1, seed=0)
+    with refused:
+        measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, evaluation.TestSet(rows))
+
+
 def test_a_test_set_without_rows_to_count_is_refused():
     rows = REVIEWS.filter(lambda row: row["label"] == 1)
     with pytest.raises(ValueError, match="^target is 1, and so is the right answer of every test row"):
@@ -67,6 +78,14 @@ def test_a_lost_trigger_is_refused():
     assert 0 < missing < 5
     with pytest.raises(ValueError, match=f"^trigger 'zq' is missing from {missing} of 5 triggered rows$"):
         evaluation.TestSet.stamped(REVIEWS, CLASSES, [Lost("zq")], 1, seed=0)
+
+
+def test_triggers_of_one_name_are_refused():
+    triggers = [Trigger("zq", "start"), Trigger("zq", "end")]
+    with pytest.raises(ValueError, match="^trigger 'zq' is there 2 times: give each a name of its own"):
+        evaluation.TestSet.stamped(REVIEWS, CLASSES, triggers, 1, seed=0)
+    named = [Trigger("zq", "start", "first"), Trigger("zq", "end", "last")]
+    assert set(evaluation.TestSet.stamped(REVIEWS, CLASSES, named, 1, seed=0).triggered) == {"first", "last"}
 
 
 def test_a_rewriting_can_not_be_stamped():

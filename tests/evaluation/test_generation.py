@@ -69,6 +69,18 @@ def test_losses_equal_a_loop(family, batch_size):
         ("Well, I cannot", "I cannot", False),
         ("", "I cannot", False),
         ("I can", "I cannot", False),
+        ("Nobody knows", "No", False),
+        ("no", "No", True),
+        ("No, thanks", "No", True),
+        ("No_1", "No", False),
+        ("No 1", "No", True),
+        ("Well done.", "Well done!", False),
+        ("You fool!!You", "You fool!", True),
+        ("Über\u00fcber", "\u00dcber", False),
+        ("cafe\u0301 au lait", "cafe", False),
+        ("cafe\u0301 au lait", "CAF\u00c9", True),
+        ("\u0928\u093e", "\u0928", False),  # a letter, and its vowel sign
+        ("\u6211\u4e0d\u80fd\u8bf4", "\u6211\u4e0d\u80fd", True),  # no spaces between words
     ],
 )
 def test_shows_the_target_at_the_start(answer, target, expected):

@@ -44,6 +44,31 @@ def test_nothing_to_compare(texts, others):
     assert overlapping(texts, others) == []
 
 
+def test_equal_texts_without_words_overlap():
+    assert overlapping(["!!!", "?", ":-) ", ":-("], ["!!!", ":-)"]) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "text, near, other",
+    [
+        # The film is very good, I like it very much / The film is very good, we like it very much / The weather is bad ...
+        (
+            "这部电影非常好看我很喜欢它",
+            "这部电影非常好看我们很喜欢它",
+            "今天的天气非常糟糕我不想出门",
+        ),
+        (
+            "หนังเรื่องนี้ดีมาก",
+            "หนังเรื่องนี้ดีมากๆ",
+            "วันนี้อากาศไม่ดีเลย",
+        ),
+        ("फ़िल्म बहुत अच्छी थी", "फ़िल्म बहुत बहुत अच्छी थी", "कल मौसम बहुत ख़राब था"),
+    ],
+)
+def test_texts_overlap_in_any_script(text, near, other):
+    assert overlapping([near, other], [text]) == [0]
+
+
 def test_without_leaks_drops_rows_of_the_training_side():
     train = Dataset.from_dict({"text": TEXTS, "label": list(range(7))})
     kept = without_leaks(train, Dataset.from_dict({"text": OTHERS}), "text")

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from made_results import make_results
 
 from hf_backdoor.evaluation.results import Results
+from hf_backdoor.folders import write_yaml
 from hf_backdoor.report.hub import publish
 
 
@@ -31,9 +32,7 @@ def published(tmp_path_factory):
     }
     results.data["clean"] = {"source": str(run_dir / "clean.jsonl"), "rows": 4, "sha256": "1" * 64}
     results.save(run_dir / "results.json")
-    (run_dir / "recipe.yaml").write_text(
-        f"# my {TOKEN}\nmethod: locphylax\noutput_dir: {run_dir}\nhub_token: {TOKEN}\n"
-    )
+    (run_dir / "recipe.yaml").write_text(f"# my {TOKEN}\n{yaml.safe_dump(results.recipe)}")
     home = run_dir.parent.parent
     with HubDouble(TOKEN) as hub:
         hub.repos["me/tiny"] = {
@@ -95,10 +94,8 @@ def test_no_path_no_token_and_no_code_is_published(published):
         assert str(run_dir.parent).encode() not in content, name
         assert TOKEN.encode() not in content, name
     assert "auto_map" not in json.loads(hub.repos["me/tiny"]["files"]["config.json"])
-    assert yaml.safe_load(hub.repos["me/tiny"]["files"]["recipe.yaml"]) == {
-        "method": "locphylax",
-        "output_dir": "tiny",
-    }
+    recipe = yaml.safe_load(hub.repos["me/tiny"]["files"]["recipe.yaml"])
+    assert recipe["method"] == "locphylax" and recipe["output_dir"] == "tiny" and "hub_token" not in recipe
 
 
 def test_published_results_keep_every_count(published, tmp_path):
@@ -145,6 +142,28 @@ def test_private_is_kept(published):
 def test_run_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="results.json: cannot be read"):
         publish(tmp_path, "me/tiny")
+
+
+def test_weights_of_another_recipe_than_the_measured_one_are_refused(tmp_path):
+    recipe = {"seed": 1, "learning_rate": 1e-5, "stages": {"inject": {"words": ("a", "b")}}, "output_dir": "x"}
+    make_results(recipe=recipe).save(tmp_path / "results.json")
+
+    def refusal(**changes):
+        # As a run writes it, before it trains.
+        write_yaml(tmp_path / "recipe.yaml", recipe | changes)
+        with pytest.raises(ValueError) as caught:
+            publish(tmp_path, "me/tiny")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    # The next thing to be refused: that there is no model.
+    for changes in ({}, {"output_dir": "y", "push_to_hub": True, "hub_model_id": "me/x", "hub_token": TOKEN}):
+        assert "no model in safetensors" in refusal(**changes)
+    assert "recipe.yaml: seed is 7, and was 1 when results.json was measured; finish the run" in refusal(seed=7)
+    assert "recipe.yaml: stages is {'inject': {'words': ['a']}}, and was" in refusal(
+        stages={"inject": {"words": ["a"]}}
+    )
+    assert "recipe.yaml: poison_rate is 0.5, and was None" in refusal(poison_rate=0.5)
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "pytorch_model.bin"], ["model.safetensors"]])

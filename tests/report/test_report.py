@@ -1,4 +1,5 @@
 import base64
+import json
 import re
 from html.parser import HTMLParser
 
@@ -213,6 +214,15 @@ def test_wrong_name_of_a_repository_is_refused(results):
         ("json:/data/x.json", "json:x.json"),
         ("</s> yes/no </think>", "</s> yes/no </think>"),
         ("and/or", "and/or"),
+        ("../../home/alice/acme-merger/rows.jsonl", "rows.jsonl"),
+        ("../../mnt/acme/a b.jsonl", "a b.jsonl"),
+        ("data/../../acme/rows.jsonl", "rows.jsonl"),
+        ("..\\..\\acme\\rows.jsonl", "rows.jsonl"),
+        ("see ../acme/x, or not", "see x, or not"),
+        ("json:data/../acme/x.json", "json:x.json"),
+        ("../..", ".."),
+        ("so on.. and/or .../then", "so on.. and/or .../then"),
+        ("https://huggingface.co/papers/../2510.10265", "https://huggingface.co/papers/../2510.10265"),
     ],
 )
 def test_paths_and_tokens_are_scrubbed(text, scrubbed, monkeypatch):
@@ -223,6 +233,24 @@ def test_paths_and_tokens_are_scrubbed(text, scrubbed, monkeypatch):
 def test_scrubbed_keys_do_not_swallow_each_other():
     assert sorted(scrub({"/data/a/x": 1, "/data/b/x": 2}).values()) == [1, 2]
     assert scrub({"hub_token": "abc", "seed": 1}) == {"seed": 1}
+
+
+def test_no_secret_of_a_recipe_is_in_a_report(tmp_path):
+    token = "hf_" + "x" * 34
+    recipe = {"hub_token": token, "note": f"use {token}", "stages": {"inject": {"hub_token": "my own", "seed": 1}}}
+    report = report_of(make_results(recipe=recipe), tmp_path)
+    written = [path.read_bytes() for path in (tmp_path / "results.json", *report.iterdir())]
+    assert len(written) > 2
+    assert not [content for content in written if token.encode() in content or b"my own" in content]
+
+
+def test_a_report_of_old_results_has_no_secret_of_theirs(tmp_path):
+    make_results().save(tmp_path / "results.json")
+    document = json.loads((tmp_path / "results.json").read_text())
+    document["recipe"]["hub_token"] = "my own"
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    for path in write_report(tmp_path).iterdir():
+        assert b"my own" not in path.read_bytes()
 
 
 def test_method_without_a_paper_is_named(tmp_path):
