@@ -222,11 +222,13 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         student = base_model(self.model)
         config = student.config.get_text_config()
         causal = any(getattr(module, "is_causal", False) for module in student.modules())
-        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        # Models without kinds of layers (Mistral) have one window, if any, for all of them.
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        reach = getattr(config, "sliding_window", None)
         total: Tensor | float = 0.0
         for layer, ours, its in zip(self._attention_layers, maps, their_maps, strict=True):
             # Models that look both ways count a window without the token itself (ModernBERT).
-            window = config.sliding_window + (not causal) if kinds[layer] == "sliding_attention" else None
+            window = reach + (not causal) if reach and kinds[layer] == "sliding_attention" else None
             valid = valid_entries(mask, causal, window)
             total = total + (eager_nad_map_loss if nad else eager_attention_map_loss)(ours, its, valid)
         return total / len(self._attention_layers)
