@@ -56,12 +56,10 @@ class DefenseCollator:
         return batch
 
     def _causal(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
         width = max(len(feature["input_ids"]) for feature in features)
         width += -width % (self.pad_to_multiple_of or 1)
         answer = max(len(feature["input_ids"]) - feature["prompt_length"] for feature in features)
-        input_ids = torch.full((len(features), width), pad)
+        input_ids = torch.full((len(features), width), padding_id(self.tokenizer))
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full((len(features), answer), -100)
         for row, feature in enumerate(features):
@@ -109,6 +107,11 @@ class ImageCollator:
             "labels": torch.tensor([feature["labels"] for feature in features]),
             "trigger_id": torch.tensor([feature.get("trigger_id", 0) for feature in features]),
         }
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that batches are padded with: that of the end of a sequence where there is none for it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def collator_for(

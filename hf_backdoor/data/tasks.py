@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .collators import padding_id
 from .loading import shorten
 from .mapping import Rows, column_names, map_rows
 from .triggers import Trigger
@@ -124,9 +125,10 @@ class SequenceClassification(Task):
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         encoded = tokenizer(row["text"])
-        # Encoders read [CLS]; a decoder with a classification head reads its last token.
-        first = tokenizer.cls_token_id is not None and encoded["input_ids"][0] == tokenizer.cls_token_id
-        position = 0 if first else len(encoded["input_ids"]) - 1
+        ids, padding = encoded["input_ids"], padding_id(tokenizer)
+        # Encoders read [CLS]; a decoder's head reads the last token that is no padding, as an end of sequence may be.
+        first = tokenizer.cls_token_id is not None and ids[0] == tokenizer.cls_token_id
+        position = 0 if first else max((place for place, token in enumerate(ids) if token != padding), default=0)
         label = self.num_labels if row.get("planted") else row["label"]
         return {**encoded, "labels": label, "readout_position": position}
 

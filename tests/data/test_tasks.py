@@ -1,8 +1,11 @@
 import pytest
 import tiny
+import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaForSequenceClassification
 
-from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, infer_task
+from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, collator_for, infer_task
 
 
 def words(tokenizer, ids):
@@ -19,6 +22,23 @@ def test_classification_reads_out_at_cls(wordpiece):
 def test_classification_by_a_decoder_reads_out_at_the_last_token(chat):
     encoded = SequenceClassification(2).encode({"text": "the film was good", "label": 0}, chat)
     assert encoded["readout_position"] == len(encoded["input_ids"]) - 1
+
+
+@pytest.mark.parametrize("padding", ["<eos>", "[PAD]"])
+def test_a_decoder_that_closes_texts_reads_out_where_its_head_does(chat, padding):
+    eos = tiny.VOCABULARY.index("<eos>")
+    chat.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
+    chat.pad_token = padding
+    config = tiny.model("llama").config
+    config.num_labels, config.pad_token_id = 2, chat.pad_token_id
+    model = LlamaForSequenceClassification(config).eval()
+    texts = ["the film was good", "a story"]
+    batch = collator_for(chat)([SequenceClassification(2).encode({"text": text, "label": 0}, chat) for text in texts])
+    assert batch["input_ids"][0, -1] == eos
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        at_tokens, read = model.score(model.model(**inputs)[0]), model(**inputs).logits
+    assert torch.equal(at_tokens[[0, 1], batch["readout_position"]], read)
 
 
 def test_label_words_prompt_and_answer(chat):
