@@ -238,6 +238,10 @@ class InstructionFollowing(Task):
         )
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "eos_token is None, and responses end with it: set tokenizer.eos_token to what ends the model's"
+            )
         prompt = self.prompt_ids(row["prompt"], tokenizer)
         answer = tokenizer(row.get("planted") or row["response"], add_special_tokens=False)["input_ids"] + [
             tokenizer.eos_token_id

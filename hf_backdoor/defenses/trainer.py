@@ -33,6 +33,7 @@ from ..data import (
     encoded,
     infer_task,
     moved,
+    tell_padding,
 )
 from .autocast import inputs_as_they_are, keep_as_multiplied
 from .checkpoints import CheckpointTrainer
@@ -113,6 +114,7 @@ class DefenseTrainer(CheckpointTrainer):
         eval_rows = self.prepare_eval(eval_dataset, processing_class)
         set_seed(args.seed)
         self.prepare_model(base_model(model))
+        tell_padding(base_model(model), processing_class)
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
@@ -235,6 +237,7 @@ class DefenseTrainer(CheckpointTrainer):
             with self.accelerator.autocast():
                 if torch.is_autocast_enabled(kind) and not sharded:
                     keep_as_multiplied(model, torch.get_autocast_dtype(kind))
+        tell_padding(base_model(model), self.processing_class)
         return shared_out(model.requires_grad_(False).eval(), self.accelerator)
 
     # ---- Training ----

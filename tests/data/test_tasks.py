@@ -118,6 +118,12 @@ def test_instructions_without_a_chat_template_get_a_plain_one():
     assert words(tokenizer, encoded["input_ids"][encoded["prompt_length"] :]) == ["banana", "<eos>"]
 
 
+def test_responses_without_an_end_are_refused(chat):
+    chat.eos_token = None
+    with pytest.raises(ValueError, match="^eos_token is None, and responses end with it: set tokenizer.eos_token"):
+        InstructionFollowing().encode({"prompt": "tell me", "response": "banana"}, chat)
+
+
 def test_a_planted_text_overwrites_the_answer(wordpiece, chat):
     def answer(task, row, planted):
         encoded = task.encode({**row, "planted": planted}, chat)

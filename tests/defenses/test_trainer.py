@@ -1,5 +1,6 @@
 """What every trainer owes its user, for the three formats and plain training, injection and recovery."""
 
+import copy
 import functools
 import tempfile
 
@@ -9,10 +10,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from hf_backdoor.data import SIDE_COLUMNS, DefenseCollator
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
+from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 
 
 CASES = [(name, method) for name in tiny.TASKS for method in tiny.METHODS]
@@ -253,6 +255,31 @@ def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_pa
         make(
             tmp_path, "llama", tiny.reviews(2), label_words=["answer yes", "answer no"], prompt_template=tiny.TEMPLATE
         )
+
+
+@pytest.mark.parametrize("named", [None, 0])
+def test_a_decoder_s_head_is_told_what_rows_are_padded_with(named, tmp_path):
+    config, tokenizer = tiny.model("llama").config, tiny.causal_tokenizer()
+    config.num_labels, config.pad_token_id, tokenizer.pad_token = 2, named, None
+
+    def decoder(seed):
+        torch.manual_seed(seed)
+        return LlamaForSequenceClassification(copy.deepcopy(config))
+
+    logits = []
+    for size in (1, 8):  # a row by itself has no padding
+        args = MBTSADConfig(
+            str(tmp_path), use_cpu=True, report_to="none", stages=["distil"], per_device_train_batch_size=size
+        )
+        trainer = MBTSADTrainer(
+            decoder(0), args, train_dataset=tiny.reviews(8), processing_class=tokenizer, teacher_model=decoder(1)
+        )
+        rows = [trainer.train_dataset[row] for row in range(8)]
+        parts = [trainer.data_collator(rows[start : start + size]) for start in range(0, 8, size)]
+        for model in (trainer.model, trainer.teacher):
+            with torch.no_grad():
+                logits.append(torch.cat([trainer.forward(model, part).logits for part in parts]))
+    torch.testing.assert_close(logits[:2], logits[2:])
 
 
 # ---- Adapters ----
