@@ -44,6 +44,13 @@ from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
 
 
+# What `Trainer` takes and this one has no use for, and what to do in its place.
+NOT_READ = {
+    "model_init": "pass the model itself, one for each trainer",
+    "compute_loss_func": "override loss_terms, which gives one value for each sample",
+}
+
+
 class DefenseTrainer(CheckpointTrainer):
     """
     `Trainer` with a loss that is right under gradient accumulation and several processes, for classifiers (of texts or
@@ -67,11 +74,11 @@ class DefenseTrainer(CheckpointTrainer):
         teacher_model (`PreTrainedModel` or `str`, *optional*):
             Second model of a method that distils, or its folder: frozen, and loaded when it is first needed.
         kwargs:
-            Everything else that `Trainer` takes.
+            Everything else that `Trainer` takes, but for `model_init` and `compute_loss_func`.
 
     Raises:
         `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a
-            stream, or several GPUs are visible to one process.
+            stream, several GPUs are visible to one process, or an argument is given that would not be read.
     """
 
     # Our loss is divided by the samples of the whole optimizer step, so Trainer must not divide again.
@@ -97,6 +104,9 @@ class DefenseTrainer(CheckpointTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
             )
+        for name, instead in NOT_READ.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given, and {type(self).__name__} would not read it: {instead}")
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args

@@ -250,6 +250,18 @@ def test_a_missing_tokenizer_is_refused(tmp_path):
         DefenseTrainer(model=tiny.model("bert"), args=args, train_dataset=tiny.reviews(2))
 
 
+def test_what_would_not_be_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^label_smoothing_factor is 0.1, and .*: leave it at 0$"):
+        DefenseConfig(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    given = {"args": DefenseConfig(str(tmp_path), use_cpu=True), "processing_class": tiny.tokenizer("bert")}
+    with pytest.raises(
+        ValueError, match="^model_init is given, and DefenseTrainer would not read it: pass the model "
+    ):
+        DefenseTrainer(model_init=lambda: tiny.model("bert"), train_dataset=tiny.reviews(2), **given)
+    with pytest.raises(ValueError, match="^compute_loss_func is given, .*: override loss_terms"):
+        DefenseTrainer(model=tiny.model("bert"), compute_loss_func=lambda *_: 0, **given)
+
+
 def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="share a first token"):
         make(
