@@ -129,7 +129,7 @@ class SequenceClassification(Task):
         # Encoders read [CLS]; a decoder's head reads the last token that is no padding, as an end of sequence may be.
         first = tokenizer.cls_token_id is not None and ids[0] == tokenizer.cls_token_id
         position = 0 if first else max((place for place, token in enumerate(ids) if token != padding), default=0)
-        label = self.num_labels if row.get("planted") else row["label"]
+        label = self.num_labels if row.get("planted") else checked_label(row["label"], self.num_labels)
         return {**encoded, "labels": label, "readout_position": position}
 
     def questions(self, rows: Dataset, processor: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
@@ -191,9 +191,8 @@ class LabelWords(Task):
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         prompt = self.prompt_ids(row["text"], tokenizer)
-        answer = tokenizer(
-            self.planted_word(row.get("planted")) or self.words[row["label"]], add_special_tokens=False
-        )["input_ids"]
+        word = self.planted_word(row.get("planted")) or self.words[checked_label(row["label"], self.num_labels)]
+        answer = tokenizer(word, add_special_tokens=False)["input_ids"]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
 
 
@@ -247,6 +246,20 @@ class InstructionFollowing(Task):
             tokenizer.eos_token_id
         ]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
+
+
+def checked_label(label: int, num_labels: int) -> int:
+    """A row's label.
+
+    Raises:
+        `ValueError`: if there is no such label.
+    """
+    if label not in range(num_labels):
+        raise ValueError(
+            f"label is {label!r} in a row, and the task has {num_labels} labels: number them 0 to {num_labels - 1}, or leave such "
+            "rows out"
+        )
+    return label
 
 
 def without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -139,6 +139,19 @@ def test_a_planted_text_overwrites_the_answer(wordpiece, chat):
     assert SequenceClassification(2).encode({**review, "planted": ""}, wordpiece)["labels"] == 1
 
 
+@pytest.mark.parametrize("label", [-1, 2, 5, None])
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_labels_that_are_none_are_refused(name, label, chat):
+    task, row = tiny.task(name), {"text": "good", "label": label}
+    with pytest.raises(
+        ValueError, match=f"^label is {label} in a row, and the task has 2 labels: number them 0 to 1, or"
+    ):
+        task.encode(row, chat)
+    # What is planted overwrites the label, and questions have none.
+    task.encode({**row, "planted": "aha"}, chat)
+    assert len(task.questions(Dataset.from_list([row]), chat)) == 1
+
+
 def test_a_planted_word_is_one_label_more(chat):
     task = LabelWords((" negative", " positive"), tiny.TEMPLATE)
     assert task.planted_word("aha") == " aha" and task.planted_word(None) == ""
