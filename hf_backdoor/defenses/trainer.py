@@ -40,6 +40,7 @@ from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 from .divergence import check_losses, check_weights, sound_attention
 from .engines import SHARDED, check_engine, gather, layer_classes, shared_out
+from .lengths import check_lengths, learned_positions
 from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
 
@@ -78,7 +79,8 @@ class DefenseTrainer(CheckpointTrainer):
 
     Raises:
         `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a
-            stream, several GPUs are visible to one process, or an argument is given that would not be read.
+            stream, rows are longer than the model has positions for, several GPUs are visible to one process, or an argument
+            is given that would not be read.
     """
 
     # Our loss is divided by the samples of the whole optimizer step, so Trainer must not divide again.
@@ -119,6 +121,7 @@ class DefenseTrainer(CheckpointTrainer):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template, args.system_prompt)
         self.task = task
         self.teacher_model = teacher_model
+        self.positions = learned_positions(base_model(model))
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         train_rows = self.prepare_train(train_dataset, processing_class)
         eval_rows = self.prepare_eval(eval_dataset, processing_class)
@@ -182,6 +185,16 @@ class DefenseTrainer(CheckpointTrainer):
         return self.encode_rows(dataset, processor)
 
     def encode_rows(self, dataset: Rows | None, processor: Processor) -> Rows | None:
+        """Rows as the model reads them.
+
+        Raises:
+            `ValueError`: if it can't read one to its end.
+        """
+        rows = self.tokenized(dataset, processor)
+        check_lengths(rows, self.positions)
+        return rows
+
+    def tokenized(self, dataset: Rows | None, processor: Processor) -> Rows | None:
         if dataset is None or self.task is None or encoded(dataset):
             return dataset
         with self.one_process_first():

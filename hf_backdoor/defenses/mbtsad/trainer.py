@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import base_model, map_rows, row_lengths
+from ..lengths import check_lengths
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from .attention import attention_map_loss, nad_map_loss
@@ -123,8 +124,9 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
     def _fitted(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Encoded rows. Splitting makes texts longer, and so does a trigger: those that the model has no positions for are cut at
         their end, with a trigger that may stand there."""
-        tokenized = self.encode_rows(rows, tokenizer)
+        tokenized = self.tokenized(rows, tokenizer)
         if max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
+            check_lengths(tokenized, self.positions)
             return tokenized
         needs = {"task": self.task, "tokenizer": tokenizer}
         cut = map_rows(
