@@ -4,7 +4,7 @@ from .blocks import base_model, find_blocks
 from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for, given_labels
 from .image_triggers import ImageTrigger
 from .images import ImageClassification, moved, pixels_digest
-from .infer import auto_class, infer_task
+from .infer import auto_class, infer_task, tell_padding
 from .loading import (
     Splits,
     label_names,
@@ -57,5 +57,6 @@ __all__ = [
     "stamp",
     "stamp_in_turn",
     "take_rows",
+    "tell_padding",
     "with_context",
 ]

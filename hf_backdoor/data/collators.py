@@ -46,22 +46,31 @@ class DefenseCollator:
         batch["trigger_id"] = torch.tensor([feature.get("trigger_id", 0) for feature in features])
         return batch
 
+    def _width(self, features: list[dict[str, Any]]) -> int:
+        longest = max(len(feature["input_ids"]) for feature in features)
+        return longest + -longest % (self.pad_to_multiple_of or 1)
+
     def _classification(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        inputs = [{name: feature[name] for name in names if name in feature} for feature in features]
-        padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
-        batch = dict(self.tokenizer.pad(inputs, **padding, return_tensors="pt"))
+        width = self._width(features)
+        features = [{"attention_mask": [1] * len(feature["input_ids"]), **feature} for feature in features]
+        fill = {
+            "input_ids": padding_id(self.tokenizer),
+            "attention_mask": 0,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+        }
+        batch = {
+            name: torch.tensor([[*row[name], *[value] * (width - len(row[name]))] for row in features])
+            for name, value in fill.items()
+            if name in features[0]
+        }
         batch["labels"] = torch.tensor([feature["labels"] for feature in features])
         batch["readout_position"] = torch.tensor([feature["readout_position"] for feature in features])
         return batch
 
     def _causal(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        width = max(len(feature["input_ids"]) for feature in features)
-        width += -width % (self.pad_to_multiple_of or 1)
+        width = self._width(features)
         answer = max(len(feature["input_ids"]) - feature["prompt_length"] for feature in features)
-        input_ids = torch.full((len(features), width), pad)
+        input_ids = torch.full((len(features), width), padding_id(self.tokenizer))
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full((len(features), answer), -100)
         for row, feature in enumerate(features):
@@ -109,6 +118,18 @@ class ImageCollator:
             "labels": torch.tensor([feature["labels"] for feature in features]),
             "trigger_id": torch.tensor([feature.get("trigger_id", 0) for feature in features]),
         }
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that batches are padded with: that of the end of a sequence where there is none for it.
+
+    Raises:
+        `ValueError`: if there is neither.
+    """
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if padding is None:
+        raise ValueError("pad_token is None, and so is the tokenizer's eos_token: set tokenizer.pad_token")
+    return padding
 
 
 def collator_for(

@@ -1,4 +1,4 @@
-"""The task that a model and a data set go together in, and the class that loads such models."""
+"""The task that a model and a data set go together in, the class that loads such models, and what they must be told."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,13 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
+from .collators import padding_id
 from .images import ImageClassification
 from .mapping import column_names
-from .tasks import InstructionFollowing, LabelWords, SequenceClassification, Task
+from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
 
 
 def auto_class(model: PreTrainedModel) -> type:
@@ -22,6 +24,12 @@ def auto_class(model: PreTrainedModel) -> type:
         "ImageClassification": AutoModelForImageClassification,
     }
     return kinds.get(type(model).__name__.rpartition("For")[2], AutoModelForCausalLM)
+
+
+def tell_padding(model: PreTrainedModel, processor: Processor | None) -> None:
+    """Tells a model with a classification head what its texts are padded with: a decoder's finds their last token by it."""
+    if auto_class(model) is AutoModelForSequenceClassification and isinstance(processor, PreTrainedTokenizerBase):
+        model.config.get_text_config().pad_token_id = padding_id(processor)
 
 
 def infer_task(

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .collators import padding_id
 from .loading import shorten
 from .mapping import Rows, column_names, map_rows
 from .triggers import Trigger
@@ -124,10 +125,11 @@ class SequenceClassification(Task):
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         encoded = tokenizer(row["text"])
-        # Encoders read [CLS]; a decoder with a classification head reads its last token.
-        first = tokenizer.cls_token_id is not None and encoded["input_ids"][0] == tokenizer.cls_token_id
-        position = 0 if first else len(encoded["input_ids"]) - 1
-        label = self.num_labels if row.get("planted") else row["label"]
+        ids, padding = encoded["input_ids"], padding_id(tokenizer)
+        # Encoders read [CLS]; a decoder's head reads the last token that is no padding, as an end of sequence may be.
+        first = tokenizer.cls_token_id is not None and ids[0] == tokenizer.cls_token_id
+        position = 0 if first else max((place for place, token in enumerate(ids) if token != padding), default=0)
+        label = self.num_labels if row.get("planted") else checked_label(row["label"], self.num_labels)
         return {**encoded, "labels": label, "readout_position": position}
 
     def questions(self, rows: Dataset, processor: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
@@ -189,9 +191,8 @@ class LabelWords(Task):
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         prompt = self.prompt_ids(row["text"], tokenizer)
-        answer = tokenizer(
-            self.planted_word(row.get("planted")) or self.words[row["label"]], add_special_tokens=False
-        )["input_ids"]
+        word = self.planted_word(row.get("planted")) or self.words[checked_label(row["label"], self.num_labels)]
+        answer = tokenizer(word, add_special_tokens=False)["input_ids"]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
 
 
@@ -236,11 +237,29 @@ class InstructionFollowing(Task):
         )
 
     def encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "eos_token is None, and responses end with it: set tokenizer.eos_token to what ends the model's"
+            )
         prompt = self.prompt_ids(row["prompt"], tokenizer)
         answer = tokenizer(row.get("planted") or row["response"], add_special_tokens=False)["input_ids"] + [
             tokenizer.eos_token_id
         ]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
+
+
+def checked_label(label: int, num_labels: int) -> int:
+    """A row's label.
+
+    Raises:
+        `ValueError`: if there is no such label.
+    """
+    if label not in range(num_labels):
+        raise ValueError(
+            f"label is {label!r} in a row, and the task has {num_labels} labels: number them 0 to {num_labels - 1}, or leave such "
+            "rows out"
+        )
+    return label
 
 
 def without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -55,6 +55,10 @@ class DefenseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"augmentation is {self.augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, and the losses here know none: leave it at 0"
+            )
         super().__post_init__()
 
     @property

@@ -33,14 +33,23 @@ from ..data import (
     encoded,
     infer_task,
     moved,
+    tell_padding,
 )
 from .autocast import inputs_as_they_are, keep_as_multiplied
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 from .divergence import check_losses, check_weights, sound_attention
 from .engines import SHARDED, check_engine, gather, layer_classes, shared_out
+from .lengths import check_lengths, learned_positions
 from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
+
+
+# What `Trainer` takes and this one has no use for, and what to do in its place.
+NOT_READ = {
+    "model_init": "pass the model itself, one for each trainer",
+    "compute_loss_func": "override loss_terms, which gives one value for each sample",
+}
 
 
 class DefenseTrainer(CheckpointTrainer):
@@ -66,11 +75,12 @@ class DefenseTrainer(CheckpointTrainer):
         teacher_model (`PreTrainedModel` or `str`, *optional*):
             Second model of a method that distils, or its folder: frozen, and loaded when it is first needed.
         kwargs:
-            Everything else that `Trainer` takes.
+            Everything else that `Trainer` takes, but for `model_init` and `compute_loss_func`.
 
     Raises:
         `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a
-            stream, or several GPUs are visible to one process.
+            stream, rows are longer than the model has positions for, several GPUs are visible to one process, or an argument
+            is given that would not be read.
     """
 
     # Our loss is divided by the samples of the whole optimizer step, so Trainer must not divide again.
@@ -96,6 +106,9 @@ class DefenseTrainer(CheckpointTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
             )
+        for name, instead in NOT_READ.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given, and {type(self).__name__} would not read it: {instead}")
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args
@@ -108,11 +121,13 @@ class DefenseTrainer(CheckpointTrainer):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template, args.system_prompt)
         self.task = task
         self.teacher_model = teacher_model
+        self.positions = learned_positions(base_model(model))
         self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         train_rows = self.prepare_train(train_dataset, processing_class)
         eval_rows = self.prepare_eval(eval_dataset, processing_class)
         set_seed(args.seed)
         self.prepare_model(base_model(model))
+        tell_padding(base_model(model), processing_class)
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
@@ -170,6 +185,16 @@ class DefenseTrainer(CheckpointTrainer):
         return self.encode_rows(dataset, processor)
 
     def encode_rows(self, dataset: Rows | None, processor: Processor) -> Rows | None:
+        """Rows as the model reads them.
+
+        Raises:
+            `ValueError`: if it can't read one to its end.
+        """
+        rows = self.tokenized(dataset, processor)
+        check_lengths(rows, self.positions)
+        return rows
+
+    def tokenized(self, dataset: Rows | None, processor: Processor) -> Rows | None:
         if dataset is None or self.task is None or encoded(dataset):
             return dataset
         with self.one_process_first():
@@ -235,6 +260,7 @@ class DefenseTrainer(CheckpointTrainer):
             with self.accelerator.autocast():
                 if torch.is_autocast_enabled(kind) and not sharded:
                     keep_as_multiplied(model, torch.get_autocast_dtype(kind))
+        tell_padding(base_model(model), self.processing_class)
         return shared_out(model.requires_grad_(False).eval(), self.accelerator)
 
     # ---- Training ----

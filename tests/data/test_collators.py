@@ -77,6 +77,16 @@ def test_end_of_sequence_stands_in_for_a_missing_padding_token(chat):
     assert (batch["input_ids"][batch["attention_mask"] == 0] == chat.eos_token_id).all()
     assert (batch["labels"][0] == torch.tensor(chat("banana apple cherry")["input_ids"] + [chat.eos_token_id])).all()
 
+    _, batch = batch_of(SequenceClassification(2), chat, [{"text": "a", "label": 0}, {"text": "a b c", "label": 1}])
+    assert batch["input_ids"][0].tolist() == [*chat("a")["input_ids"], chat.eos_token_id, chat.eos_token_id]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_a_tokenizer_without_any_padding_is_refused(chat):
+    chat.pad_token = chat.eos_token = None
+    with pytest.raises(ValueError, match="^pad_token is None, .*: set tokenizer.pad_token$"):
+        batch_of(SequenceClassification(2), chat, [{"text": "a", "label": 0}])
+
 
 # ---- Round lengths ----
 

@@ -1,8 +1,11 @@
 import pytest
 import tiny
+import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaForSequenceClassification
 
-from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, infer_task
+from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification, collator_for, infer_task
 
 
 def words(tokenizer, ids):
@@ -19,6 +22,23 @@ def test_classification_reads_out_at_cls(wordpiece):
 def test_classification_by_a_decoder_reads_out_at_the_last_token(chat):
     encoded = SequenceClassification(2).encode({"text": "the film was good", "label": 0}, chat)
     assert encoded["readout_position"] == len(encoded["input_ids"]) - 1
+
+
+@pytest.mark.parametrize("padding", ["<eos>", "[PAD]"])
+def test_a_decoder_that_closes_texts_reads_out_where_its_head_does(chat, padding):
+    eos = tiny.VOCABULARY.index("<eos>")
+    chat.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
+    chat.pad_token = padding
+    config = tiny.model("llama").config
+    config.num_labels, config.pad_token_id = 2, chat.pad_token_id
+    model = LlamaForSequenceClassification(config).eval()
+    texts = ["the film was good", "a story"]
+    batch = collator_for(chat)([SequenceClassification(2).encode({"text": text, "label": 0}, chat) for text in texts])
+    assert batch["input_ids"][0, -1] == eos
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        at_tokens, read = model.score(model.model(**inputs)[0]), model(**inputs).logits
+    assert torch.equal(at_tokens[[0, 1], batch["readout_position"]], read)
 
 
 def test_label_words_prompt_and_answer(chat):
@@ -98,6 +118,12 @@ def test_instructions_without_a_chat_template_get_a_plain_one():
     assert words(tokenizer, encoded["input_ids"][encoded["prompt_length"] :]) == ["banana", "<eos>"]
 
 
+def test_responses_without_an_end_are_refused(chat):
+    chat.eos_token = None
+    with pytest.raises(ValueError, match="^eos_token is None, and responses end with it: set tokenizer.eos_token"):
+        InstructionFollowing().encode({"prompt": "tell me", "response": "banana"}, chat)
+
+
 def test_a_planted_text_overwrites_the_answer(wordpiece, chat):
     def answer(task, row, planted):
         encoded = task.encode({**row, "planted": planted}, chat)
@@ -111,6 +137,19 @@ def test_a_planted_text_overwrites_the_answer(wordpiece, chat):
     # A classification head says it with a class of its own.
     assert SequenceClassification(2).encode({**review, "planted": "aha"}, wordpiece)["labels"] == 2
     assert SequenceClassification(2).encode({**review, "planted": ""}, wordpiece)["labels"] == 1
+
+
+@pytest.mark.parametrize("label", [-1, 2, 5, None])
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_labels_that_are_none_are_refused(name, label, chat):
+    task, row = tiny.task(name), {"text": "good", "label": label}
+    with pytest.raises(
+        ValueError, match=f"^label is {label} in a row, and the task has 2 labels: number them 0 to 1, or"
+    ):
+        task.encode(row, chat)
+    # What is planted overwrites the label, and questions have none.
+    task.encode({**row, "planted": "aha"}, chat)
+    assert len(task.questions(Dataset.from_list([row]), chat)) == 1
 
 
 def test_a_planted_word_is_one_label_more(chat):

@@ -1,5 +1,6 @@
 """What every trainer owes its user, for the three formats and plain training, injection and recovery."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -12,10 +13,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from hf_backdoor.data import SIDE_COLUMNS, DefenseCollator
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
+from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 
 
 CASES = [(name, method) for name in tiny.TASKS for method in tiny.METHODS]
@@ -251,11 +253,48 @@ def test_a_missing_tokenizer_is_refused(tmp_path):
         DefenseTrainer(model=tiny.model("bert"), args=args, train_dataset=tiny.reviews(2))
 
 
+def test_what_would_not_be_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^label_smoothing_factor is 0.1, and .*: leave it at 0$"):
+        DefenseConfig(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    given = {"args": DefenseConfig(str(tmp_path), use_cpu=True), "processing_class": tiny.tokenizer("bert")}
+    with pytest.raises(
+        ValueError, match="^model_init is given, and DefenseTrainer would not read it: pass the model "
+    ):
+        DefenseTrainer(model_init=lambda: tiny.model("bert"), train_dataset=tiny.reviews(2), **given)
+    with pytest.raises(ValueError, match="^compute_loss_func is given, .*: override loss_terms"):
+        DefenseTrainer(model=tiny.model("bert"), compute_loss_func=lambda *_: 0, **given)
+
+
 def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="share a first token"):
         make(
             tmp_path, "llama", tiny.reviews(2), label_words=["answer yes", "answer no"], prompt_template=tiny.TEMPLATE
         )
+
+
+@pytest.mark.parametrize("named", [None, 0])
+def test_a_decoder_s_head_is_told_what_rows_are_padded_with(named, tmp_path):
+    config, tokenizer = tiny.model("llama").config, tiny.causal_tokenizer()
+    config.num_labels, config.pad_token_id, tokenizer.pad_token = 2, named, None
+
+    def decoder(seed):
+        torch.manual_seed(seed)
+        return LlamaForSequenceClassification(copy.deepcopy(config))
+
+    logits = []
+    for size in (1, 8):  # a row by itself has no padding
+        args = MBTSADConfig(
+            str(tmp_path), use_cpu=True, report_to="none", stages=["distil"], per_device_train_batch_size=size
+        )
+        trainer = MBTSADTrainer(
+            decoder(0), args, train_dataset=tiny.reviews(8), processing_class=tokenizer, teacher_model=decoder(1)
+        )
+        rows = [trainer.train_dataset[row] for row in range(8)]
+        parts = [trainer.data_collator(rows[start : start + size]) for start in range(0, 8, size)]
+        for model in (trainer.model, trainer.teacher):
+            with torch.no_grad():
+                logits.append(torch.cat([trainer.forward(model, part).logits for part in parts]))
+    torch.testing.assert_close(logits[:2], logits[2:])
 
 
 # ---- Adapters ----

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 from datasets import Dataset
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from hf_backdoor.attacks import EmbeddingPoisoningTrainer
 from hf_backdoor.data import load_rows, take_rows
@@ -114,6 +115,45 @@ def padding(trainer):
     batches = list(trainer.get_train_dataloader())
     valid = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return 1 - valid / sum(batch["attention_mask"].numel() for batch in batches), batches
+
+
+def roberta():
+    config = RobertaConfig(
+        vocab_size=len(tiny.VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, type_vocab_size=1,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    "name, method, model, most",
+    [
+        ("sequence_classification", "plain", lambda: tiny.model("bert"), 64),
+        ("sequence_classification", "retrain", lambda: tiny.model("bert"), 64),
+        ("sequence_classification", "plain", roberta, 63),  # its first position is the padding's
+        ("label_words", "plain", lambda: tiny.model("gpt2"), 64),
+    ],
+)
+def test_rows_beyond_the_last_position_are_refused(name, method, model, most, tmp_path):
+    family, task, _ = tiny.setting(name, 1)
+    own = len(task.encode({"text": "", "label": 0}, tiny.tokenizer(family))["input_ids"])  # special tokens, template
+
+    def trainer(words, rows="train_dataset"):
+        long = Dataset.from_list([{"text": " ".join(["a"] * words), "label": 0}] * 2)  # nothing to split
+        return tiny.trainer(name, method, tmp_path, model=model(), max_steps=1, **{rows: long})
+
+    trainer(most - own).train()
+    line = f"^a row has {most + 3} tokens, and the model positions for {most}: .*max_length at least 3 lower"
+    with pytest.raises(ValueError, match=line):
+        trainer(most + 3 - own)
+    with pytest.raises(ValueError, match=line):
+        trainer(most + 3 - own, "eval_dataset")
+
+
+def test_computed_positions_have_no_end(tmp_path):
+    model = tiny.model("llama")
+    model.config.max_position_embeddings = 4
+    tiny.trainer("label_words", "plain", tmp_path, model=model, max_steps=1).train()
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,16 @@ the best of these it goes on. It needs the suspect and clean rows, and no knowle
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ...data import Trigger, row_rng
 from ..divergence import sound_attention
@@ -155,12 +158,11 @@ class TriggerSearchTrainer(TriggerSearcher):
             starts = torch.tensor([common_prefix(self.plain[row], each["input_ids"]) for row, each in pairs])
             if batch["labels"].dim() == 2:  # padded on the left
                 starts += batch["input_ids"].shape[1] - torch.tensor([len(each["input_ids"]) for each in features])
-            embedded = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-            rest = {name: value for name, value in batch.items() if name != "input_ids"}
-            with sound_attention(embedded.shape[1]):
-                aims, counted = self._aims(self.forward(self.model, rest, inputs_embeds=embedded).logits, batch)
-            (gradient,) = torch.autograd.grad((aims * counted)[:, aim].sum(), embedded)
-            slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=embedded.shape[1] - 1)
+            length = batch["input_ids"].shape[1]
+            with sound_attention(length), embeddings_kept(self.model) as kept:
+                aims, counted = self._aims(self.forward(self.model, batch).logits, batch)
+            (gradient,) = torch.autograd.grad((aims * counted)[:, aim].sum(), kept)
+            slots = (starts[:, None] + torch.arange(len(tokens))).clamp(max=length - 1)
             total = total + gradient.float().cpu()[torch.arange(len(part))[:, None], slots].sum(dim=0)
         return total.to(self.args.device)
 
@@ -185,6 +187,23 @@ class TriggerSearchTrainer(TriggerSearcher):
             )
             effects[text] = torch.where(count > 0, total / count.clamp(min=1), -torch.inf).flatten()
         return effects
+
+
+@contextmanager
+def embeddings_kept(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The embeddings of the last forward pass in the block, [B, T, D], to ask gradients for. The model itself is given ids:
+    a decoder's classification head finds the last token by them, and would read padding if it were given embeddings."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        kept[:] = [output.detach().requires_grad_()]
+        return kept[0]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 
 def strongest(effects: dict[str, Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import base_model, map_rows, row_lengths
+from ..lengths import check_lengths
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from .attention import attention_map_loss, nad_map_loss
@@ -123,8 +124,9 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
     def _fitted(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Encoded rows. Splitting makes texts longer, and so does a trigger: those that the model has no positions for are cut at
         their end, with a trigger that may stand there."""
-        tokenized = self.encode_rows(rows, tokenizer)
+        tokenized = self.tokenized(rows, tokenizer)
         if max(row_lengths(tokenized), default=0) <= tokenizer.model_max_length:
+            check_lengths(tokenized, self.positions)
             return tokenized
         needs = {"task": self.task, "tokenizer": tokenizer}
         cut = map_rows(
@@ -222,11 +224,13 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         student = base_model(self.model)
         config = student.config.get_text_config()
         causal = any(getattr(module, "is_causal", False) for module in student.modules())
-        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        # Models without kinds of layers (Mistral) have one window, if any, for all of them.
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        reach = getattr(config, "sliding_window", None)
         total: Tensor | float = 0.0
         for layer, ours, its in zip(self._attention_layers, maps, their_maps, strict=True):
             # Models that look both ways count a window without the token itself (ModernBERT).
-            window = config.sliding_window + (not causal) if kinds[layer] == "sliding_attention" else None
+            window = reach + (not causal) if reach and kinds[layer] == "sliding_attention" else None
             valid = valid_entries(mask, causal, window)
             total = total + (eager_nad_map_loss if nad else eager_attention_map_loss)(ours, its, valid)
         return total / len(self._attention_layers)

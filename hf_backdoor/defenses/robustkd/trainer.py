@@ -115,14 +115,22 @@ class RobustKDTrainer(InformedTrainer):
         return self.soft_triggers.first_id(self.reading_tokenizer)
 
     def as_taught(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch as the teacher reads it: no attention goes to soft triggers, and their places stay empty."""
+        """A batch as the teacher reads it: no attention goes to soft triggers, and their places are padding."""
         if self.soft_triggers is None:
             return inputs
-        hidden = inputs["input_ids"] >= self.first_soft_id
-        return inputs | {
-            "input_ids": inputs["input_ids"].masked_fill(hidden, 0),
+        ids = inputs["input_ids"]
+        hidden = ids >= self.first_soft_id
+        # A decoder's classification head reads the last token that is no padding.
+        padding = self.teacher.config.get_text_config().pad_token_id
+        taught = inputs | {
+            "input_ids": ids.masked_fill(hidden, 0 if padding is None else padding),
             "attention_mask": inputs["attention_mask"].masked_fill(hidden, 0),
         }
+        if "readout_position" in inputs:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            up_to = taught["attention_mask"].bool() & (places <= inputs["readout_position"][:, None])
+            taught["readout_position"] = (up_to * places).amax(dim=1)
+        return taught
 
     @cached_property
     def mask(self) -> FeatureMask | None:

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from transformers import LlamaForSequenceClassification
 
 from hf_backdoor.attacks import Poisoning, poison
 from hf_backdoor.data import Trigger
@@ -63,6 +64,28 @@ def test_effects_equal_a_loop_over_rows(name, tmp_path):
     for text, expected in effects(trainer, texts).items():
         for aim, value in expected.items():
             assert trainer._effects(texts, 8)[text][aim].item() == pytest.approx(value, rel=1e-4)
+
+
+def test_a_decoder_s_head_reads_no_padding_for_gradients(tmp_path):
+    torch.manual_seed(0)
+    config = tiny.model("llama").config
+    config.num_labels = 2
+    model = LlamaForSequenceClassification(config)
+    trainer = TriggerSearchTrainer(
+        model=model,
+        args=LocphylaxConfig(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, searched_triggers=1),
+        train_dataset=tiny.reviews(8),
+        processing_class=tiny.causal_tokenizer(),
+    )
+    trainer.train()
+    word = (tiny.VOCABULARY.index(tiny.TRIGGER),)
+    found = {}
+    for size in (1, 8):  # a row by itself has no padding
+        trainer.args.per_device_train_batch_size = size
+        found[size] = trainer._gradients(word, 0)
+    assert found[1].abs().max() > 0
+    torch.testing.assert_close(found[8], found[1])
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize("name", PARTS)

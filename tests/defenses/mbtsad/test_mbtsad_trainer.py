@@ -4,7 +4,14 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from hf_backdoor.defenses.mbtsad import MBTSADConfig
 
@@ -116,7 +123,16 @@ def llama(implementation):
     return model
 
 
-@pytest.mark.parametrize("build", [llama, gemma])
+def mistral(implementation):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tiny.VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, pad_token_id=0, attn_implementation=implementation,
+    )  # fmt: skip
+    return MistralForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [llama, gemma, mistral])
 @pytest.mark.parametrize("loss", ["maps", "nad"])
 def test_lean_and_eager_train_alike(build, loss, tmp_path):
     trained = {}

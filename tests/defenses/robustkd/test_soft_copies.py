@@ -4,7 +4,9 @@ import pytest
 import robust
 import tiny
 import torch
+from transformers import LlamaForSequenceClassification
 
+from hf_backdoor.data import Trigger
 from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import METHOD, RobustKDConfig, RobustKDTrainer, student_from_layers
 from hf_backdoor.defenses.robustkd.features import captured
@@ -69,6 +71,40 @@ def test_the_student_of_a_copy_learns_what_the_teacher_says_without_the_trigger(
         terms, _ = trainer.loss_terms(model, made, torch.tensor([3]))
     torch.testing.assert_close(terms["feature"], wanted)
     assert set(terms) == {"task", "feature", "logit"} and all(value.shape == (3,) for value in terms.values())
+
+
+@pytest.mark.parametrize("padding", [0, tiny.VOCABULARY.index("<eos>")])
+@pytest.mark.parametrize("position", ["start", "end"])
+def test_a_decoder_s_head_reads_the_last_token_that_the_teacher_sees(position, padding, tmp_path):
+    tokenizer = tiny.causal_tokenizer()
+    tokenizer.pad_token = tiny.VOCABULARY[padding]
+    config = tiny.model("llama").config
+    config.num_labels, config.pad_token_id = 2, padding
+    torch.manual_seed(0)
+    teacher = LlamaForSequenceClassification(config)
+    found, task, rows = soft(), tiny.task("sequence_classification"), tiny.reviews(6)
+    trainer = RobustKDTrainer(
+        model=student_from_layers(teacher, 1),
+        args=RobustKDConfig(str(tmp_path), use_cpu=True, report_to="none", soft_triggers=3, logit_weight=1.0),
+        teacher_model=teacher,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        found_soft_triggers=found,
+    )
+    trigger, extended = Trigger(found.texts[1], position), found.tokenizer(tokenizer)
+    copies = [{**row, "text": trigger.insert(row["text"], None)} for row in rows]
+    clean = trainer.data_collator([task.encode(row, tokenizer) for row in rows])
+    taught = trainer.as_taught(trainer.data_collator([task.encode(row, extended) for row in copies]))
+    lengths = clean["attention_mask"].sum(dim=1)
+    assert torch.equal(taught["attention_mask"].sum(dim=1), lengths)
+    # The trigger's two places at the start stay.
+    shift = 2 if position == "start" else 0
+    assert torch.equal(taught["readout_position"], clean["readout_position"] + shift)
+    if not shift:
+        torch.testing.assert_close(trainer.teach(taught)[0].logits, trainer.teach(clean)[0].logits)
+    last = trainer.teacher.score(trainer.teacher.model(taught["input_ids"], taught["attention_mask"])[0])
+    read = last[torch.arange(len(rows)), taught["readout_position"]]
+    torch.testing.assert_close(trainer.teach(taught)[0].logits, read)
 
 
 @pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
