@@ -288,8 +288,7 @@ def test_a_run_up_to_a_stage_measures_nothing(recipe, tmp_path):
 
 def test_engines_that_share_a_model_out_are_launched_stage_by_stage(recipe, tmp_path):
     overrides = ["--output_dir", str(tmp_path), "--method", "locphylax", "--known_triggers", str(list(tiny.KNOWN[:2]))]
-    (tmp_path / "suspect").mkdir()
-    (tmp_path / "suspect" / "stage.json").write_text("{}")
+    run(load_recipe(recipe, overrides), until="suspect")
     assert [stage[-1:] for stage in stages_to_launch("zero3", recipe, overrides)] == [["inject"], ["cleaned"], []]
     assert stages_to_launch("ddp", recipe, overrides) == [[]]
 

@@ -35,12 +35,17 @@ class DefenseCollator:
             Gives the padding token; the end-of-sequence token stands in where it has none.
         pad_to_multiple_of (`int`, *optional*):
             Rounds T up, with padding.
+
+    Raises:
+        `ValueError`: if there is neither of the two tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     pad_to_multiple_of: int | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if padding_id(self.tokenizer) is None:
+            raise ValueError("pad_token is None, and so is the tokenizer's eos_token: set tokenizer.pad_token")
         causal = "prompt_length" in features[0]
         batch = self._causal(features) if causal else self._classification(features)
         batch["trigger_id"] = torch.tensor([feature.get("trigger_id", 0) for feature in features])
@@ -120,16 +125,9 @@ class ImageCollator:
         }
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that batches are padded with: that of the end of a sequence where there is none for it.
-
-    Raises:
-        `ValueError`: if there is neither.
-    """
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if padding is None:
-        raise ValueError("pad_token is None, and so is the tokenizer's eos_token: set tokenizer.pad_token")
-    return padding
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that batches are padded with: that of the end of a sequence where there is none for it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def collator_for(

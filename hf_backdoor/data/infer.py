@@ -28,8 +28,9 @@ def auto_class(model: PreTrainedModel) -> type:
 
 def tell_padding(model: PreTrainedModel, processor: Processor | None) -> None:
     """Tells a model with a classification head what its texts are padded with: a decoder's finds their last token by it."""
-    if auto_class(model) is AutoModelForSequenceClassification and isinstance(processor, PreTrainedTokenizerBase):
-        model.config.get_text_config().pad_token_id = padding_id(processor)
+    padding = padding_id(processor) if isinstance(processor, PreTrainedTokenizerBase) else None
+    if padding is not None and auto_class(model) is AutoModelForSequenceClassification:
+        model.config.get_text_config().pad_token_id = padding
 
 
 def infer_task(
