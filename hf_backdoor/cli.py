@@ -96,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
     evaluate.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
     evaluate.add_argument("--system_prompt", help="instructions: what the system says before every prompt")
+    evaluate.add_argument(
+        "--max_length", type=int, help="tokens of a text that are read, before a trigger (default: all)"
+    )
     evaluate.add_argument("--name", default="suspect", help="the model's name in the rows (default: suspect)")
     evaluate.add_argument("--max_new_tokens", type=int, default=64, help="length of generated answers (default: 64)")
     evaluate.add_argument("--batch_size", type=int, default=64, help="texts in a batch (default: 64)")
@@ -294,6 +297,8 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
     refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
+    limits = {"max_length": options.max_length} if options.max_length and "max_length" in task.limits else None
+    clean = clean if limits is None else task.bounded(clean, processor, **limits)
     sources = {"test": describe(options.clean, clean)}
     if options.trigger:
         position = [] if name == "image_classification" else [options.position]
@@ -301,6 +306,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.triggered:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
         triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
+        triggered = triggered if limits is None else task.bounded(triggered, processor, **limits)
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)

@@ -104,6 +104,17 @@ def test_evaluate_counts_non_target_rows(classifier, reviews, tmp_path, how):
     assert rows["asr_without_trigger"].n == 30
 
 
+@pytest.mark.parametrize("limit, status", [([], 2), (["--max_length", "20"], 0)])
+def test_evaluate_says_which_texts_are_too_long(classifier, tmp_path, capsys, limit, status):
+    long = tmp_path / "long.jsonl"
+    tiny.reviews(4).map(lambda row: {"text": row["text"] + " good" * 80}).to_json(long)
+    output = ["--output", str(tmp_path / "results.json")]
+    assert main(["evaluate", classifier, "--clean", str(long), *limit, *output]) == status
+    assert ("and the model positions for 64: cut the texts, by a max_length" in capsys.readouterr().err) == (
+        status == 2
+    )
+
+
 def test_evaluate_reads_each_file_once(classifier, reviews, tmp_path, monkeypatch):
     read, load = [], data.load_rows
     monkeypatch.setattr(data, "load_rows", lambda source, **options: read.append(source) or load(source, **options))

@@ -5,6 +5,7 @@ from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logit
 from .image_triggers import ImageTrigger
 from .images import ImageClassification, moved, pixels_digest
 from .infer import auto_class, infer_task, tell_padding
+from .lengths import check_lengths, learned_positions, refuse_longer
 from .loading import (
     Splits,
     label_names,
@@ -36,6 +37,9 @@ __all__ = [
     "Task",
     "Trigger",
     "auto_class",
+    "check_lengths",
+    "learned_positions",
+    "refuse_longer",
     "class_logits",
     "given_labels",
     "collator_for",

@@ -29,9 +29,11 @@ from ..data import (
     Task,
     auto_class,
     base_model,
+    check_lengths,
     collator_for,
     encoded,
     infer_task,
+    learned_positions,
     moved,
     tell_padding,
 )
@@ -40,7 +42,6 @@ from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 from .divergence import check_losses, check_weights, sound_attention
 from .engines import SHARDED, check_engine, gather, layer_classes, shared_out
-from .lengths import check_lengths, learned_positions
 from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
 

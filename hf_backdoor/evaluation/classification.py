@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data import LabelWords, Processor, Task, collator_for
+from ..data import LabelWords, Processor, Task, collator_for, learned_positions, refuse_longer
 from .batching import in_batches, precision
 
 
@@ -39,9 +39,11 @@ def predict_labels(
         `list[int]`: [N], in the order of the rows, the same on every process.
 
     Raises:
-        `ValueError`: if the model's logits are not numbers.
+        `ValueError`: if a row is longer than the model has positions for, or its logits are not numbers.
     """
     collator, asked = collator_for(processor), task.questions(rows, processor)
+    if isinstance(asked, list):
+        refuse_longer(max((len(row["input_ids"]) for row in asked), default=0), learned_positions(model))
     words = (
         torch.tensor(task.word_ids(processor, known_response), device=model.device)
         if isinstance(task, LabelWords)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DefenseCollator, InstructionFollowing
+from ..data import DefenseCollator, InstructionFollowing, learned_positions, refuse_longer
 from .batching import in_batches, precision, tokens
 from .words import cuts_word, normalized
 
@@ -66,6 +66,7 @@ def generate_answers(
 
     model.eval()
     encoded = [task.prompt_ids(prompt, tokenizer) for prompt in prompts]
+    refuse_longer(max(map(len, encoded), default=0) + max_new_tokens, learned_positions(model))
     return in_batches(encoded, answer, batch_size=batch_size, length=len, desc="Generating")
 
 
@@ -99,6 +100,7 @@ def answer_losses(
 
     model.eval()
     encoded = [task.encode(row, tokenizer) for row in rows]
+    refuse_longer(max((len(row["input_ids"]) for row in encoded), default=0), learned_positions(model))
     return in_batches(encoded, losses, batch_size=batch_size, length=tokens, desc="Perplexity")
 
 

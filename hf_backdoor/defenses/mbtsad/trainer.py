@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from ...data import base_model, map_rows, row_lengths
-from ..lengths import check_lengths
+from ...data import base_model, check_lengths, map_rows, row_lengths
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from .attention import attention_map_loss, nad_map_loss

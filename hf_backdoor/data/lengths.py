@@ -1,4 +1,4 @@
-"""Rows that a model can't read, found before it is trained on them."""
+"""Rows that a model can't read to their end, found before it reads the first."""
 
 import re
 
@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import Rows, row_lengths
+from .mapping import Rows, row_lengths
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
@@ -31,9 +31,20 @@ def check_lengths(rows: Rows | None, positions: int | None) -> None:
     """
     if positions is None or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return
-    longest = max(row_lengths(rows), default=0)
-    if longest > positions:
+    refuse_longer(max(row_lengths(rows), default=0), positions)
+
+
+def refuse_longer(longest: int, positions: int | None) -> None:
+    """
+    Args:
+        longest (`int`): Tokens of the longest row, answer included.
+        positions (`int`, *optional*): As in [`check_lengths`].
+
+    Raises:
+        `ValueError`: if it is longer.
+    """
+    if positions is not None and longest > positions:
         raise ValueError(
-            f"a row has {longest} tokens, and the model positions for {positions}: cut the texts, in a recipe with max_length at "
-            f"least {longest - positions} lower (special tokens, template, answer and trigger come on top of it)"
+            f"a row has {longest} tokens, and the model positions for {positions}: cut the texts, by a max_length at least "
+            f"{longest - positions} lower (special tokens, template, answer and trigger come on top of it)"
         )
