@@ -54,6 +54,31 @@ def soft_answer_loss(logits: Tensor, ids: Tensor, probabilities: Tensor) -> Tens
     return mean_over_answers(tokens, answer)
 
 
+def softened_divergence(own: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL(softmax(other / tau) || softmax(own / tau)) of each row, in float32.
+
+    Args:
+        own, other (`Tensor`): [N, K], logits of what learns and of what it learns from.
+        temperature (`float`): tau.
+
+    Returns:
+        `Tensor`: [N], in nats.
+    """
+    own = (own.float() / temperature).log_softmax(dim=1)
+    other = (other.float() / temperature).log_softmax(dim=1)
+    return temperature**2 * divergence(other, own)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, [N], from [N, K]."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+
+
+def normed(values: Tensor) -> Tensor:
+    """A layer norm over the last dimension without parameters, in float32: models differ in scale, which is not worth learning."""
+    return F.layer_norm(values.float(), values.shape[-1:])
+
+
 def mean_over_answers(tokens: Tensor, answer: Tensor) -> Tensor:
     """Mean of each sample's answer tokens, [B], 0 for a sample without any.
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses import divergence, normed, softened_divergence
 from .config import SoftLabels
 
 
@@ -53,11 +54,6 @@ def without(labels: Tensor, values: Tensor) -> Tensor:
     return values[~own].view(len(values), -1)
 
 
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row, [B]."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
-
-
 def prediction_loss(logits: Tensor, peer_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """tau^2 KL(softmax(peer / tau) || softmax(own / tau)). The peer learns nothing from it.
 
@@ -68,9 +64,7 @@ def prediction_loss(logits: Tensor, peer_logits: Tensor, temperature: float = 1.
     Returns:
         `Tensor`: [B], in nats.
     """
-    log_p = (peer_logits.detach().float() / temperature).log_softmax(dim=1)
-    log_q = (logits.float() / temperature).log_softmax(dim=1)
-    return temperature**2 * divergence(log_p, log_q)
+    return softened_divergence(logits, peer_logits.detach(), temperature)
 
 
 def feature_loss(states: Sequence[Tensor], peer_states: Sequence[Tensor]) -> Tensor:
@@ -83,12 +77,7 @@ def feature_loss(states: Sequence[Tensor], peer_states: Sequence[Tensor]) -> Ten
         `Tensor`: [B].
     """
     layers = [
-        (normalised(own) - normalised(peer.detach())).square().mean(dim=1)
+        (normed(own) - normed(peer.detach())).square().mean(dim=1)
         for own, peer in zip(states, peer_states, strict=True)
     ]
     return torch.stack(layers).sum(dim=0)
-
-
-def normalised(states: Tensor) -> Tensor:
-    """LayerNorm without parameters, in float32: networks trained apart differ in scale, which is not worth learning."""
-    return F.layer_norm(states.float(), states.shape[1:])

@@ -1,15 +1,10 @@
 """RobustKD's losses (Applied Soft Computing 2024, https://doi.org/10.1016/j.asoc.2024.111907), one value a sample."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses import mean_over_answers, normed, softened_divergence
 from .features import as_tokens
-
-
-def normed(tokens: Tensor) -> Tensor:
-    """A layer norm over channels without parameters, in float32. [B, N, D]."""
-    return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
 def feature_variance(
@@ -91,18 +86,10 @@ def logit_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperatu
         `Tensor`: [B], in nats.
     """
     if labels.dim() == 1:
-        return divergence(student, teacher, temperature)
+        return softened_divergence(student, teacher, temperature)
     answer = labels != -100
-    tokens = divergence(student[:, :-1][answer], teacher[:, :-1][answer], temperature)
-    sums = torch.zeros(len(labels), device=labels.device).index_add(0, answer.nonzero()[:, 0], tokens)
-    return sums / answer.sum(dim=1).clamp(min=1)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """[N] from [N, K]."""
-    student = (student.float() / temperature).log_softmax(dim=-1)
-    teacher = (teacher.float() / temperature).log_softmax(dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=-1) * temperature**2
+    tokens = softened_divergence(student[:, :-1][answer], teacher[:, :-1][answer], temperature)
+    return mean_over_answers(tokens, answer)
 
 
 def layer_weights(count: int) -> list[float]:
