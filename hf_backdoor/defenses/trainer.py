@@ -123,7 +123,7 @@ class DefenseTrainer(CheckpointTrainer):
         self.task = task
         self.teacher_model = teacher_model
         self.positions = learned_positions(base_model(model))
-        self._component_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._component_sums: dict[str, Tensor] = {}
         train_rows = self.prepare_train(train_dataset, processing_class)
         eval_rows = self.prepare_eval(eval_dataset, processing_class)
         set_seed(args.seed)
@@ -347,11 +347,11 @@ class DefenseTrainer(CheckpointTrainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["labels"].device)
         if model.training:
             terms, logits = self.loss_terms(model, inputs, num_items_in_batch)
+            self._record(terms)
         else:
             # In evaluation the task's loss alone, so that `eval_loss` means the same for every method.
             logits = self.forward(model, inputs).logits
             terms = {"task": self.task_loss(logits, inputs["labels"])}
-        self._record("train" if model.training else "eval", terms)
         total = sum(terms.values()).sum() / num_items_in_batch.sum()
         # Gradients (and logged losses) are averaged over processes: undo it, the division above counts them all.
         loss = total * self.accelerator.num_processes
@@ -374,25 +374,22 @@ class DefenseTrainer(CheckpointTrainer):
     # ---- Logs: sums stay on the device until Trainer logs ----
 
     @torch.no_grad()
-    def _record(self, mode: str, terms: dict[str, Tensor]) -> None:
-        sums = self._component_sums[mode]
+    def _record(self, terms: dict[str, Tensor]) -> None:
+        sums = self._component_sums
         for name, values in terms.items():
             count = torch.full((), float(len(values)), device=values.device)  # `torch.tensor` waits for the device
             pair = torch.stack([values.detach().sum().float(), count])
             sums[name] = sums[name] + pair if name in sums else pair
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        sums = self._component_sums[mode]
-        if mode == "train" and "loss" in logs:
+        if "loss" in logs:
             means = {}
-            for name in sorted(sums):
-                total, count = self.accelerator.reduce(sums[name], reduction="sum").tolist()
+            for name, pair in sorted(self._component_sums.items()):
+                total, count = self.accelerator.reduce(pair, reduction="sum").tolist()
                 means[name] = total / count
+            self._component_sums.clear()
             if not self.args.fp16:  # there a scaler leaves such a step out
                 check_losses(means, self.state.global_step, self.args.learning_rate)
             if len(means) > 1:
                 logs.update({f"loss/{name}": mean for name, mean in means.items()})
-        if mode == "eval" or "loss" in logs:
-            sums.clear()
         super().log(logs, start_time)
