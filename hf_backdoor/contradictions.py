@@ -88,6 +88,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"clean_fraction is {recipe.clean_fraction}: choose a share above 0, for example 0.2")
     if not 0 <= recipe.test_fraction < 1:
         raise ValueError(f"test_fraction is {recipe.test_fraction}: choose a share from 0 up to, but not, 1")
+    if recipe.test_fraction and recipe.test_dataset_name is not None:
+        raise ValueError(
+            f"test_fraction is {recipe.test_fraction}, and test_dataset_name is {recipe.test_dataset_name!r}: leave one of them out"
+        )
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
     if recipe.push_to_hub and recipe.method is None:

@@ -16,6 +16,7 @@ from .recipe import Recipe
 
 
 # What a stage's folder has in it from its first moment, and when it is done.
+WRITTEN = "# The recipe of this run, as hf-backdoor resolved it.\n"
 BEGUN, STAGE = MARKS = ("begun.json", "stage.json")
 
 
@@ -42,6 +43,22 @@ def refuse_foreign(folder: Path) -> None:
         raise ValueError(
             f"{str(folder)!r} was not made by a run, and this one would clear it: move it, or choose another output_dir"
         )
+
+
+def refuse_foreign_run(folder: Path) -> None:
+    """Before anything is written: a run writes over the files of another run, and over nobody else's.
+
+    Raises:
+        `ValueError`: if there are some.
+    """
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
+        return
+    for name in ("recipe.yaml", "results.json", "data", "report", "evaluation"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"output_dir is {str(folder)!r}, and its {name} was not made by a run: choose another output_dir"
+            )
 
 
 def begin(folder: Path, print_: str) -> str | None:
@@ -87,4 +104,4 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
 
 
 def as_yaml(content: dict[str, Any]) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return WRITTEN + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

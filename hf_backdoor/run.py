@@ -29,7 +29,17 @@ from .defenses.engines import forget_engine, zero3_launched
 from .dry_run import describe_run
 from .evaluation import Results, Row, evaluate_backdoor
 from .evaluation.evaluate import COUNTING
-from .folders import begin, fingerprint, finished, main_process, recipe_is, refuse_foreign, write_json, write_yaml
+from .folders import (
+    begin,
+    fingerprint,
+    finished,
+    main_process,
+    recipe_is,
+    refuse_foreign,
+    refuse_foreign_run,
+    write_json,
+    write_yaml,
+)
 from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions, without_weights
 from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
 from .recipe import Recipe
@@ -77,13 +87,14 @@ class Run:
                 "set attack_trigger and target_label to train one"
             )
         base, stages = base_model_name(recipe), plan(recipe)
+        refuse_foreign_run(self.folder)
         made = ["base"] * (base == "base") + ["student"] * (recipe.student_layers is not None)
-        self._refuse_to_clear([*made, *(stage.folder for stage in stages)])
+        folders = [stage.folder for stage in stages]
+        self._refuse_to_clear([*made, *folders[: None if until is None else folders.index(until) + 1]])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
-        self.reads = fingerprint(
-            content(self.processor)
-        )  # before it is used: cutting texts sets something in a tokenizer
+        # Before it is used: to cut texts sets something in a tokenizer.
+        self.reads = fingerprint(content(self.processor))
         # Two processes that build one cache of a file at once trip over each other's temporary files.
         with PartialState().main_process_first():
             self.rows = prepare_rows(recipe, self.processor)

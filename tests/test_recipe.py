@@ -194,6 +194,10 @@ def test_stages_are_checked_like_the_rest():
             {"hub_token": "hf_secret"},
             "^hub_token is set, and recipes are kept and published: leave it out, and set HF_TOKEN",
         ),
+        (
+            {"test_fraction": 0.2, "test_dataset_name": "x"},
+            "test_fraction is 0.2, and test_dataset_name is 'x': leave one",
+        ),
         ({"save_only_model": True}, "save_only_model is true: a run that is killed could not go on"),
         ({"push_to_hub": True}, "push_to_hub is true without hub_model_id"),
         ({"reference": "train"}, "reference is 'train' without an attack"),

@@ -98,6 +98,17 @@ def test_a_folder_that_no_run_has_made_is_not_cleared(workshop, tmp_path, name):
     assert notes.read_text() == "mine" and not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("name", ["data/clean.parquet", "report/notes.txt", "results.json", "recipe.yaml"])
+def test_files_that_no_run_has_written_are_left_alone(workshop, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(
+        ValueError, match=f"its {Path(name).parts[0]} was not made by a run: choose another output_dir"
+    ):
+        execute(settings(workshop, tmp_path))
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
+
+
 def test_a_run_does_not_write_over_the_model_that_it_reads(workshop, tmp_path):
     given = {"attack_trigger": None, "target_label": None, "max_train_samples": None, "clean_fraction": None}
     values = settings(workshop, tmp_path, **given, controls=[], max_steps=1)

@@ -217,7 +217,8 @@ def split_rows(rows: Dataset, test: Dataset, *, attack: int, clean: int, held_ou
     if wanted > len(rows) or clean < 1:
         raise ValueError(
             f"{len(rows)} training rows are left, and {wanted} are asked for (attack {attack}, clean {clean}, "
-            f"held out {held_out}): lower max_train_samples, clean_fraction or held_out_samples"
+            f"held out {held_out}): lower max_train_samples, clean_fraction or held_out_samples, or give other test rows (training "
+            "rows with the words of a test row are left out)"
         )
     cuts = (0, attack, attack + clean, wanted)
     # A list, since `select` refuses an empty range at the end of the rows.

@@ -57,7 +57,8 @@ class BackdoorEvaluationCallback(TrainerCallback):
         self.test = TestSet.stamped(clean, task, triggers, target, trainer.args.seed)
         self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
         self.options = options
-        self._measured_at: int | None = None
+        # Step of the last evaluation, and the metrics' names of those that have gone into it.
+        self._measured_at: tuple[int, set[frozenset[str]]] = (-1, set())
 
     def on_evaluate(
         self,
@@ -67,9 +68,14 @@ class BackdoorEvaluationCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._measured_at == state.global_step:
-            return  # a trainer with several evaluation sets calls this for each of them
-        self._measured_at = state.global_step
+        step, seen = self._measured_at
+        names = frozenset(metrics or ())
+        if step == state.global_step and names not in seen:
+            seen.add(
+                names
+            )  # a trainer with several evaluation sets calls this for each of them, under names of its own
+            return
+        self._measured_at = state.global_step, {names}
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         with torch.random.fork_rng():

@@ -62,6 +62,8 @@ class TestSet:
                 a rewriting, whose texts have other right labels than the rows that they would take the place of.
         """
         refuse_other_labels(clean, task, "TestSet.clean")
+        if isinstance(target, int) and target not in range(task.num_labels):
+            raise ValueError(f"target is {target}: the labels are 0 to {task.num_labels - 1}")
         names = [trigger.name for trigger in triggers]
         for name in names:
             # Rows are told apart by it alone: the second one's would stand in the place of the first one's.

@@ -6,10 +6,13 @@ import numpy as np
 from datasets import Dataset, Image
 from PIL.Image import Image as Picture
 from scipy.sparse import csr_array
+from transformers.utils import logging
 
 from ..data import pixels_digest
 from .words import normalized, words_of
 
+
+logger = logging.get_logger(__name__)
 
 # Rows compared at a time: bounds the memory of the product of the two word matrices.
 CHUNK = 2000
@@ -60,4 +63,6 @@ def without_leaks(train: Dataset, test: Dataset, column: str) -> Dataset:
     """The training rows whose text is not (nearly), or whose picture is not pixel by pixel, in the test rows."""
     find = same_pictures if isinstance(train.features[column], Image) else overlapping
     leaked = set(find(train[column], test[column]))
+    if leaked:
+        logger.warning(f"{len(leaked)} of {len(train)} training rows say what a test row says, and are left out")
     return train.select([row for row in range(len(train)) if row not in leaked])

@@ -97,3 +97,27 @@ def test_triggers_of_one_name_are_refused(tmp_path):
     triggers = [Trigger("zq", "start"), Trigger("zq", "end")]
     with pytest.raises(ValueError, match="^trigger 'zq' is there 2 times"):
         BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(8), triggers, target=1)
+
+
+def test_each_evaluation_is_measured_and_each_of_several_sets_once(tmp_path):
+    rows, task = tiny.reviews(8), SequenceClassification(2)
+    encoded = task.encode_rows(rows, tiny.encoder_tokenizer()).remove_columns("readout_position")
+    both = {"a": encoded, "b": encoded}
+    trainer = Trainer(
+        tiny.model("bert"), arguments(TrainingArguments, tmp_path), train_dataset=encoded, eval_dataset=both,
+        processing_class=tiny.encoder_tokenizer(),
+    )  # fmt: skip
+    trainer.add_callback(BackdoorEvaluationCallback(trainer, task, rows, [Trigger("zq")], 1))
+
+    def measured():
+        return [logs["step"] for logs in trainer.state.log_history if "eval_asr" in logs]
+
+    trainer.train()
+    assert measured() == [2, 4]
+    assert "eval_asr" in trainer.evaluate() and measured() == [2, 4, 4]
+
+
+def test_a_target_that_is_no_label_is_refused(tmp_path):
+    trainer = Trainer(tiny.model("bert"), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="target is 7: the labels are 0 to 1"):
+        BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(6), [Trigger("zq")], 7)

@@ -89,6 +89,11 @@ class LocphylaxConfig(ReadingConfig):
             raise ValueError(f"searched_triggers is {self.searched_triggers}: choose 0 or more")
         if not self.known_response.strip():
             raise ValueError(f"known_response is {self.known_response!r}: give it at least one visible character")
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
+            raise ValueError(
+                "load_best_model_at_end is true, and Locphylax evaluates clean rows and planted ones apart: leave it out, or set "
+                "metric_for_best_model (eval_clean_loss, which favours the checkpoint with the least planted in it)"
+            )
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
         if self.train_sampling_strategy not in ("random", "group_by_length"):

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...data import SequenceClassification, Trigger, base_model, row_lengths
 from ..reading import InformedTrainer
@@ -19,6 +20,8 @@ from .losses import balance, clustering_loss, trigger_centres, trigger_membershi
 from .planting import StratifiedSampler, plant
 from .search import FoundTriggers
 
+
+logger = logging.get_logger(__name__)
 
 # Samples of each trigger on which the incoming model is measured: centres, both losses, and so alpha.
 MEASURED_SAMPLES = 16
@@ -163,6 +166,12 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             planted = self.stage == "inject" and known >= self.args.stop_at_known_rate
             recovered = self.stage == "recover" and known >= clean - self.args.stop_at_known_gap
             self.ended = planted or recovered
+            if self.ended:
+                rule = "stop_at_known_rate" if planted else "stop_at_known_gap"
+                logger.warning(
+                    f"{self.stage} ends at step {self.state.global_step} of {self.state.max_steps}, by {rule}: planted rows are at "
+                    f"{known:.1%}, clean ones at {clean:.1%}"
+                )
             self.control.should_training_stop |= self.ended
         return metrics
 

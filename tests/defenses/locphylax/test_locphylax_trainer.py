@@ -48,7 +48,7 @@ def test_both_stages_run_in_order_into_folders_of_their_own(tmp_path):
     both(tmp_path, steps).train()
     assert steps.made == [(stage, step) for stage in ("inject", "recover") for step in (1, 2, 3, 4)]
     for stage in ("inject", "recover"):
-        assert (tmp_path / stage / "checkpoint-4").is_dir()
+        assert (tmp_path / f"checkpoint-{stage}" / "checkpoint-4").is_dir()
 
 
 # At step 1 of recovery, the last checkpoint is that of finished injection: a constant rate shows a step too many.
