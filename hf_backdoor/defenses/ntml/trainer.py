@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from ...data import Processor, base_model, stamp
+from ..engines import SHARDED
 from .classes import ClassTrainer, feature_states
 from .losses import feature_loss, non_target_loss, prediction_loss
 from .pair import NETWORKS, AdapterPair, ModelPair, Pair, has_both_adapters
@@ -287,6 +288,24 @@ class NTMLTrainer(ClassTrainer):
         return suspicion_table(*self.pair_probabilities(dataset))
 
     # ---- Checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Both networks, each in a folder of its own. After training it is the product alone, as any trainer leaves its model (where
+        two adapters share one, or an engine has sharded them, it is both)."""
+        checkpoint = _internal_call and output_dir is not None
+        whole = not isinstance(self.pair, AdapterPair) and self.accelerator.distributed_type not in SHARDED
+        if checkpoint or self.chosen is None or not whole:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            config = base_model(self.result()).config
+            config.use_cache = True  # as in `_save`
+            self.result().save_pretrained(folder)
+            config.use_cache = self.args.use_cache
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

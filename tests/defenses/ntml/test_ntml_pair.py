@@ -92,14 +92,25 @@ def test_a_hidden_state_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_checkpoint_holds_two_models_that_load_by_themselves(tmp_path):
+    trainer = topics.trainer(
+        "sequence_classification", "mutual", tmp_path, max_steps=1, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    assert not list(tmp_path.rglob("*.bin"))
+    for name in ntml.NETWORKS:
+        folder = tmp_path / "checkpoint-1" / name
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert tiny.largest_difference(tiny.parameters(loaded), tiny.parameters(trainer.pair.network(name))) == 0
+        assert (folder / "tokenizer.json").exists() and getattr(loaded.config, "use_cache", True)
+
+
+def test_what_is_saved_after_training_is_the_product(tmp_path):
     trainer = topics.trainer("sequence_classification", "mutual", tmp_path, max_steps=1)
     trainer.train()
     trainer.save_model()
-    assert not list(tmp_path.rglob("*.bin"))
-    for name in ntml.NETWORKS:
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
-        assert tiny.largest_difference(tiny.parameters(loaded), tiny.parameters(trainer.pair.network(name))) == 0
-        assert (tmp_path / name / "tokenizer.json").exists() and getattr(loaded.config, "use_cache", True)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert tiny.largest_difference(tiny.parameters(loaded), tiny.parameters(trainer.result())) == 0
+    assert (tmp_path / "tokenizer.json").exists() and not any((tmp_path / name).exists() for name in ntml.NETWORKS)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
