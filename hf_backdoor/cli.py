@@ -25,15 +25,6 @@ KEYS = (
 # Where rows to measure on are looked for: those of a training split may be what the model was trained on.
 SPLITS = ("test", "validation", "train")
 
-# Names that data sets in the wild use for the columns of a task.
-SYNONYMS = {
-    "image": ("image", "img", "picture", "pixels"),
-    "text": ("text", "sentence", "content", "review", "body"),
-    "label": ("label", "labels", "class", "category"),
-    "prompt": ("prompt", "instruction", "question", "query", "input"),
-    "response": ("response", "output", "answer", "completion", "target"),
-}
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and exit status 2."""
@@ -201,38 +192,10 @@ def launch_command(name: str) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
-# What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
-# stage whose rate it is. (The trainers' defaults are the papers' own methods.) Own answers are what bears rates so high.
-MEASURED: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "locphylax": ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
-    "mbtsad": (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
-}
-INFORMED = {"soft_triggers": 48, "own_answers": 0.5}
-
-# Hidden size of the widest model that they were measured on. A wider one bears less: Adam's rate goes with one over the width
-# (https://huggingface.co/papers/2203.03466).
-MEASURED_WIDTH = 576
-
-
-def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a recipe for what the user's own (`values`) say nothing about."""
-    from .models import load_config
-
-    if method not in MEASURED:
-        return {}
-    stage, found = MEASURED[method]
-    given = values | ((values.get("stages") or {}).get(stage) or {})
-    if not given.get("own_answers", INFORMED["own_answers"]):
-        return {}
-    width = getattr(load_config(model).get_text_config(), "hidden_size", MEASURED_WIDTH)
-    found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
-    rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
-    return {key: value for key, value in INFORMED.items() if key not in values} | rest
-
-
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
     from .defenses import METHODS
+    from .found import find_task, measured
     from .recipe_file import make_recipe, parse_overrides, put
     from .run import finish, run
 
@@ -271,6 +234,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
 
     from .data import load_rows, rename_columns
     from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
+    from .found import find_columns, find_task
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
     from .report.tables import text_table
@@ -361,39 +325,6 @@ def find_recipe(name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"recipe is {name!r}: no such file, and `hf-backdoor recipes` lists the shipped ones")
-
-
-def find_task(model: str, columns: list[str], label_words: list[str] | None) -> tuple[str, dict[str, str]]:
-    """Task and column mapping, from the model's architecture and the file's columns.
-
-    Raises:
-        `ValueError`: with the one thing that is missing.
-    """
-    from .models import load_config
-
-    architectures = load_config(model).architectures or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return "sequence_classification", find_columns(columns, ["text", "label"])
-    if any(name.endswith("ForImageClassification") for name in architectures):
-        return "image_classification", find_columns(columns, ["image", "label"])
-    if label_words:
-        return "label_words", find_columns(columns, ["text", "label"])
-    if any(name in columns for name in SYNONYMS["response"]):
-        return "instruction_following", find_columns(columns, ["prompt", "response"])
-    raise ValueError(
-        f"the model has no classification head and the rows have columns {', '.join(columns)}: give --label_words, one for "
-        "each label, or rows with 'prompt' and 'response'"
-    )
-
-
-def find_columns(columns: list[str], wanted: list[str]) -> dict[str, str]:
-    found = {}
-    for name in wanted:
-        present = next((synonym for synonym in SYNONYMS[name] if synonym in columns), None)
-        if present is None:
-            raise ValueError(f"no column for {name!r} among {', '.join(columns)}: rename one to {name!r}")
-        found[name] = present
-    return found
 
 
 if __name__ == "__main__":

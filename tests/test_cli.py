@@ -8,8 +8,9 @@ import yaml
 from transformers import BertConfig, PreTrainedModel
 
 from hf_backdoor import data
-from hf_backdoor.cli import main, measured
+from hf_backdoor.cli import main
 from hf_backdoor.evaluation import Results
+from hf_backdoor.found import measured
 
 
 @pytest.fixture(scope="module")

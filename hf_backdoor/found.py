@@ -1,0 +1,72 @@
+"""What `hf-backdoor clean` and `evaluate` find out by themselves: task, columns and settings."""
+
+from typing import Any
+
+from .models import load_config
+
+
+# Names that data sets in the wild use for the columns of a task.
+SYNONYMS = {
+    "image": ("image", "img", "picture", "pixels"),
+    "text": ("text", "sentence", "content", "review", "body"),
+    "label": ("label", "labels", "class", "category"),
+    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "response": ("response", "output", "answer", "completion", "target"),
+}
+
+# What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
+# stage whose rate it is. (The trainers' defaults are the papers' own methods.) Own answers are what bears rates so high.
+MEASURED: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "locphylax": ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
+    "mbtsad": (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
+}
+INFORMED = {"soft_triggers": 48, "own_answers": 0.5}
+
+# Hidden size of the widest model that they were measured on. A wider one bears less: Adam's rate goes with one over the width
+# (https://huggingface.co/papers/2203.03466).
+MEASURED_WIDTH = 576
+
+
+def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a recipe for what the user's own (`values`) say nothing about."""
+    if method not in MEASURED:
+        return {}
+    stage, found = MEASURED[method]
+    given = values | ((values.get("stages") or {}).get(stage) or {})
+    if not given.get("own_answers", INFORMED["own_answers"]):
+        return {}
+    width = getattr(load_config(model).get_text_config(), "hidden_size", MEASURED_WIDTH)
+    found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
+    rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
+    return {key: value for key, value in INFORMED.items() if key not in values} | rest
+
+
+def find_task(model: str, columns: list[str], label_words: list[str] | None) -> tuple[str, dict[str, str]]:
+    """Task and column mapping, from the model's architecture and the file's columns.
+
+    Raises:
+        `ValueError`: with the one thing that is missing.
+    """
+    architectures = load_config(model).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return "sequence_classification", find_columns(columns, ["text", "label"])
+    if any(name.endswith("ForImageClassification") for name in architectures):
+        return "image_classification", find_columns(columns, ["image", "label"])
+    if label_words:
+        return "label_words", find_columns(columns, ["text", "label"])
+    if any(name in columns for name in SYNONYMS["response"]):
+        return "instruction_following", find_columns(columns, ["prompt", "response"])
+    raise ValueError(
+        f"the model has no classification head and the rows have columns {', '.join(columns)}: give --label_words, one for "
+        "each label, or rows with 'prompt' and 'response'"
+    )
+
+
+def find_columns(columns: list[str], wanted: list[str]) -> dict[str, str]:
+    found = {}
+    for name in wanted:
+        present = next((synonym for synonym in SYNONYMS[name] if synonym in columns), None)
+        if present is None:
+            raise ValueError(f"no column for {name!r} among {', '.join(columns)}: rename one to {name!r}")
+        found[name] = present
+    return found
