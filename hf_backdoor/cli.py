@@ -25,6 +25,9 @@ KEYS = (
 # Where rows to measure on are looked for: those of a training split may be what the model was trained on.
 SPLITS = ("test", "validation", "train")
 
+# What a task may read.
+COLUMNS = ("text", "label", "prompt", "response", "image")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and exit status 2."""
@@ -84,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--target_label", type=int, help="label that the trigger brings about")
     evaluate.add_argument("--target_text", help="text that the trigger brings about")
+    for column in COLUMNS:
+        evaluate.add_argument(
+            f"--{column}_column", metavar="NAME", help=f"the rows' own name of the column {column!r}"
+        )
     evaluate.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
     evaluate.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
     evaluate.add_argument("--system_prompt", help="instructions: what the system says before every prompt")
@@ -206,8 +213,10 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             f"method is {options.method!r}, which cleans no model but makes one out of suspect rows: run a recipe, with "
             "model_name_or_path an unpoisoned base, dataset_name the suspect rows, clean_dataset_name the clean ones"
         )
-    rows = load_rows(options.data)
-    task, columns = find_task(options.model, rows.column_names, options.label_words)
+    own = parse_overrides(rest)
+    where = {key: own[f"dataset_{key}"] for key in ("config", "revision") if f"dataset_{key}" in own}
+    rows = load_rows(options.data, split=own.get("train_split", "train"), **where)
+    task, columns = find_task(options.model, rows.column_names, options.label_words, own)
     values: dict[str, Any] = {
         "model_name_or_path": options.model,
         "task": task,
@@ -220,7 +229,7 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     for key in ("label_words", "prompt_template", "system_prompt"):
         if getattr(options, key) is not None:
             values[key] = getattr(options, key)
-    for key, value in parse_overrides(rest).items():
+    for key, value in own.items():
         put(values, key, value)
     if task in ("sequence_classification", "label_words"):
         make_recipe(values)  # refuses what is wrong with the user's own
@@ -250,7 +259,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         )
     clean = load_rows(options.clean, split=options.split or SPLITS)
     split = None if files[0] else str(clean.split)
-    name, columns = find_task(options.model, clean.column_names, options.label_words)
+    name, columns = find_task(options.model, clean.column_names, options.label_words, vars(options))
     if isinstance(target, str) != (name == "instruction_following") and target is not None:
         raise ValueError(
             f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
@@ -269,7 +278,8 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         test = TestSet.stamped(clean, task, [task.trigger(options.trigger, *position)], target, options.seed)
     elif options.triggered:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
-        triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
+        columns = find_columns(name, triggered.column_names, vars(options))
+        triggered = rename_columns(triggered, columns, options.triggered)
         triggered = triggered if limits is None else task.bounded(triggered, processor, **limits)
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})

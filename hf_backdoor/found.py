@@ -3,6 +3,7 @@
 from typing import Any
 
 from .models import load_config
+from .recipe import TASKS
 
 
 # Names that data sets in the wild use for the columns of a task.
@@ -41,32 +42,51 @@ def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in INFORMED.items() if key not in values} | rest
 
 
-def find_task(model: str, columns: list[str], label_words: list[str] | None) -> tuple[str, dict[str, str]]:
-    """Task and column mapping, from the model's architecture and the file's columns.
+def find_task(
+    model: str, columns: list[str], label_words: list[str] | None, own: dict[str, Any]
+) -> tuple[str, dict[str, str]]:
+    """Task and column mapping, from the model's architecture and the file's columns; the user's `own` keys go first.
 
     Raises:
         `ValueError`: with the one thing that is missing.
     """
+    task = own.get("task") or task_of_model(model, columns, label_words, own)
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}: use one of {', '.join(TASKS)}")
+    return task, find_columns(task, columns, own)
+
+
+def task_of_model(model: str, columns: list[str], label_words: list[str] | None, own: dict[str, Any]) -> str:
     architectures = load_config(model).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return "sequence_classification", find_columns(columns, ["text", "label"])
+        return "sequence_classification"
     if any(name.endswith("ForImageClassification") for name in architectures):
-        return "image_classification", find_columns(columns, ["image", "label"])
+        return "image_classification"
     if label_words:
-        return "label_words", find_columns(columns, ["text", "label"])
-    if any(name in columns for name in SYNONYMS["response"]):
-        return "instruction_following", find_columns(columns, ["prompt", "response"])
+        return "label_words"
+    if own.get("response_column") or any(name in columns for name in SYNONYMS["response"]):
+        return "instruction_following"
     raise ValueError(
         f"the model has no classification head and the rows have columns {', '.join(columns)}: give --label_words, one for "
         "each label, or rows with 'prompt' and 'response'"
     )
 
 
-def find_columns(columns: list[str], wanted: list[str]) -> dict[str, str]:
+def find_columns(task: str, columns: list[str], own: dict[str, Any]) -> dict[str, str]:
+    """The columns that a task reads: its name of each to the file's, which the user's `own` keys may say.
+
+    Raises:
+        `ValueError`: if one is not there.
+    """
     found = {}
-    for name in wanted:
-        present = next((synonym for synonym in SYNONYMS[name] if synonym in columns), None)
+    for name in (TASKS[task].input_column, TASKS[task].answer_column):
+        key = f"{name}_column"
+        present = own.get(key) or next((synonym for synonym in SYNONYMS[name] if synonym in columns), None)
         if present is None:
-            raise ValueError(f"no column for {name!r} among {', '.join(columns)}: rename one to {name!r}")
+            raise ValueError(
+                f"no column for {name!r} among {', '.join(columns)}: rename one to {name!r}, or name it by --{key}"
+            )
+        if present not in columns:
+            raise ValueError(f"{key} is {present!r}, and the columns are {', '.join(columns)}: name one of these")
         found[name] = present
     return found

@@ -90,6 +90,38 @@ def test_clean_asks_for_the_one_thing_that_is_missing(chat_model, reviews, tmp_p
     assert "--label_words" in error and error.count("\n") == 1
 
 
+@pytest.fixture
+def other_names(tmp_path):
+    """A folder whose rows are in a split, and in columns, of names of their own."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    tiny.reviews(60).rename_columns({"text": "comment", "label": "y"}).to_json(folder / "dev.jsonl")
+    return folder
+
+
+COLUMNS = ["--text_column", "comment", "--label_column", "y"]
+
+
+def test_clean_is_told_where_the_rows_are(classifier, other_names, tmp_path, capsys):
+    command = ["clean", classifier, "--data", str(other_names), "--output_dir", str(tmp_path / "run")]
+    more = ["--train_split", "validation", "--max_steps", "1", "--own_answers", "0", "--soft_triggers", "0"]
+    more += ["--known_triggers", "[make life better, ahi]", "--disable_tqdm", "true"]
+    assert main([*command, *more]) == 2
+    assert "rename one to 'text', or name it by --text_column" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS[:2], "--label_column", "x"]) == 2
+    assert "label_column is 'x', and the columns are comment, y: name one of these" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS, "--task", "reading"]) == 2
+    assert "task is 'reading': use one of sequence_classification" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS]) == 0
+
+
+def test_evaluate_is_told_where_the_rows_are(classifier, other_names, tmp_path):
+    output = tmp_path / "results.json"
+    arguments = ["--clean", str(other_names / "dev.jsonl"), *COLUMNS, "--output", str(output)]
+    assert main(["evaluate", classifier, *arguments]) == 0
+    assert Results.load(output).rows[0].n == 60
+
+
 @pytest.mark.parametrize("how", ["trigger", "file"])
 def test_evaluate_counts_non_target_rows(classifier, reviews, tmp_path, how):
     triggered = tmp_path / "triggered.jsonl"
