@@ -26,7 +26,7 @@ KEYS = (
 SPLITS = ("test", "validation", "train")
 
 # What a task may read.
-COLUMNS = ("text", "label", "prompt", "response", "image")
+COLUMNS = ("text", "label", "prompt", "response", "context", "image")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,9 +241,9 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
 
-    from .data import load_rows, rename_columns
+    from .data import load_rows
     from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
-    from .found import find_columns, find_task
+    from .found import find_columns, find_task, renamed
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
     from .report.tables import text_table
@@ -264,7 +264,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(
             f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
         )
-    clean = rename_columns(clean, columns, options.clean)
+    clean = renamed(clean, columns, options.clean)
     model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
@@ -279,7 +279,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.triggered:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
         columns = find_columns(name, triggered.column_names, vars(options))
-        triggered = rename_columns(triggered, columns, options.triggered)
+        triggered = renamed(triggered, columns, options.triggered)
         triggered = triggered if limits is None else task.bounded(triggered, processor, **limits)
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from datasets import Dataset
+
+from .data import rename_columns, with_context
 from .models import load_config
 from .recipe import TASKS
 
@@ -13,6 +16,7 @@ SYNONYMS = {
     "label": ("label", "labels", "class", "category"),
     "prompt": ("prompt", "instruction", "question", "query", "input"),
     "response": ("response", "output", "answer", "completion", "target"),
+    "context": ("context", "input"),
 }
 
 # What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
@@ -89,4 +93,23 @@ def find_columns(task: str, columns: list[str], own: dict[str, Any]) -> dict[str
         if present not in columns:
             raise ValueError(f"{key} is {present!r}, and the columns are {', '.join(columns)}: name one of these")
         found[name] = present
-    return found
+    return found | (find_context(columns, own, found) if task == "instruction_following" else {})
+
+
+def find_context(columns: list[str], own: dict[str, Any], found: dict[str, str]) -> dict[str, str]:
+    """The column, if there is one, with the text that instructions are about; "" as its name means none."""
+    rest = [name for name in SYNONYMS["context"] if name in columns and name not in found.values()]
+    context = own.get("context_column")
+    if context is None and rest:
+        context = rest[0]
+    if context and context not in columns:
+        raise ValueError(
+            f"context_column is {context!r}, and the columns are {', '.join(columns)}: name one of these, or ''"
+        )
+    return {"context": context} if context else {}
+
+
+def renamed(rows: Dataset, columns: dict[str, str], source: str) -> Dataset:
+    """The rows as the task reads them, an instruction's context after it."""
+    rows = rename_columns(rows, columns, source)
+    return with_context(rows, "prompt", "context") if "context" in columns else rows

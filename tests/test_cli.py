@@ -202,6 +202,32 @@ def test_evaluate_a_chat_model(chat_model, tmp_path):
     assert found[True]["perplexity"] != found[False]["perplexity"]
 
 
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory):
+    """Instructions with the text that they are about beside them."""
+    file = tmp_path_factory.mktemp("alpaca") / "rows.jsonl"
+    rows = tiny.instructions(40).rename_columns({"prompt": "instruction", "response": "output"})
+    rows.add_column("input", [" ".join(tiny.FILLER[row % 9 : row % 9 + 3]) for row in range(40)]).to_json(file)
+    return str(file)
+
+
+def test_evaluate_reads_what_an_instruction_is_about(chat_model, alpaca, tmp_path):
+    output = tmp_path / "out.json"
+    found = []
+    for more in ([], ["--context_column", ""]):
+        arguments = ["--clean", alpaca, "--max_new_tokens", "1", *more, "--output", str(output)]
+        assert main(["evaluate", chat_model, *arguments]) == 0
+        found.append(Results.load(output))
+    prompts = [{example["prompt"] for example in results.examples} for results in found]
+    assert all("\n\n" in prompt for prompt in prompts[0]) and not any("\n\n" in prompt for prompt in prompts[1])
+
+
+def test_clean_reads_what_an_instruction_is_about(chat_model, alpaca, tmp_path):
+    arguments = ["--data", alpaca, "--output_dir", str(tmp_path), "--max_steps", "1", "--max_new_tokens", "1"]
+    assert main(["clean", chat_model, *arguments, "--known_triggers", "[ahi, third]", "--disable_tqdm", "true"]) == 0
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["context_column"] == "input"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
