@@ -32,6 +32,9 @@ from .quantization import HEADS, dequantized, keep_trainable, quantization_confi
 
 logger = logging.get_logger(__name__)
 
+# What to do where a folder has none.
+TOKENIZER = "put all its files there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+
 
 def resolve(name_or_path: str) -> tuple[str, str | None]:
     """Folder or Hub name of a model, and the GGUF file in it if the name ends in one.
@@ -106,17 +109,36 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     """The tokenizer, with a padding token (end of sequence where it has none). An adapter without one has its base's.
 
     Raises:
-        `ValueError`: if there is no such model.
+        `ValueError`: if there is no such model, or a folder holds no vocabulary.
     """
     adapter = find_adapter(name_or_path, revision=revision)
     if adapter is not None and adapter.file("tokenizer_config.json") is None:
         name_or_path, revision = adapter.base, adapter.base_revision
     folder, gguf = resolve(name_or_path)
     with named_if_missing(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
+        except ValueError as error:  # a configuration alone, of a kind of which none can be made up
+            raise ValueError(
+                f"model {name_or_path!r} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): {TOKENIZER}"
+            ) from None
+    if gguf is None and Path(folder).is_dir():
+        refuse_made_up(tokenizer, Path(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def refuse_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuses a tokenizer without a file of its words (some kinds, which read bytes, need none): transformers makes up an empty
+    one, to which all texts are the same.
+
+    Raises:
+        `ValueError`: with one line that names the files.
+    """
+    known = set(getattr(tokenizer, "vocab_files_names", {}).values())
+    if known and not any(file.name in known or file.name.startswith("tokenizer.") for file in folder.iterdir()):
+        raise ValueError(f"model {str(folder)!r} has no tokenizer ({' or '.join(sorted(known))}): {TOKENIZER}")
 
 
 def load_processor(name_or_path: str, task_class: type[Task], *, revision: str | None = None) -> Processor:
