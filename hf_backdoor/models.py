@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -76,19 +77,26 @@ def without_weights(name_or_path: str) -> bool:
 
 @contextlib.contextmanager
 def named_if_missing(name_or_path: str) -> Iterator[None]:
-    """Says in one line which model can't be found.
+    """Says in one line which model can't be found, or read.
 
     Raises:
-        `ValueError`: in place of transformers' `OSError`.
+        `ValueError`: in place of transformers' `OSError` and of safetensors' own error.
     """
     try:
         yield
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason, fix = str(error).strip().partition("\n")[0].rstrip("."), "give a folder or a name on the Hub"
         if name_or_path.startswith(("/", ".")) and not Path(name_or_path).exists():
             reason = "there is no such folder or file"
+        elif ".safetensors" in reason:
+            fix = (
+                "pickles (.bin) are not read, for they can run code; where you trust this one, load it with transformers and "
+                "save_pretrained() it"
+            )
+        raise ValueError(f"model {name_or_path!r} can't be loaded ({reason}): {fix}") from None
+    except SafetensorError as error:
         raise ValueError(
-            f"model {name_or_path!r} can't be loaded ({reason}): give a folder or a name on the Hub"
+            f"model {name_or_path!r} has weights that are damaged ({error}): copy or download them again"
         ) from None
 
 
@@ -193,8 +201,8 @@ def load_model(
             network whose weights are drawn by `seed`.
 
     Raises:
-        `ValueError`: in one line, if an adapter has no base or no safetensors, a head has another size, or weights can't be
-            quantized.
+        `ValueError`: in one line, if there are no safetensors or damaged ones, an adapter has no base, a head has another size, or
+            weights can't be quantized.
     """
     adapter = find_adapter(name_or_path, revision=revision)
     folder, gguf = resolve(name_or_path)
@@ -205,7 +213,9 @@ def load_model(
         )
     if adapter is not None:
         options = {"num_labels": num_labels, "seed": seed, "dtype": dtype, "attn_implementation": attn_implementation}
-        return adapter.merged_into(load_base(adapter, task_class, **options))
+        base = load_base(adapter, task_class, **options)
+        with named_if_missing(name_or_path):
+            return adapter.merged_into(base)
     options = {"revision": revision, "dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     if quantization is not None:
@@ -222,7 +232,8 @@ def load_model(
         )
     elif task_class.has_head:
         try:
-            model = task_class.auto_model.from_pretrained(folder, **head, **options)
+            with named_if_missing(name_or_path):
+                model = task_class.auto_model.from_pretrained(folder, **head, **options)
         except RuntimeError as error:
             if "mismatched" not in str(error):
                 raise
@@ -231,7 +242,8 @@ def load_model(
                 "data; choose rows with its labels, or a model without a classification head"
             ) from None
     else:
-        model = task_class.auto_model.from_pretrained(folder, **options)
+        with named_if_missing(name_or_path):
+            model = task_class.auto_model.from_pretrained(folder, **options)
     if gguf:
         # transformers dequantizes a GGUF file and goes on calling the model quantized, so that it can't be saved.
         model.hf_quantizer, model.is_quantized = None, False
@@ -258,14 +270,16 @@ def load_base(adapter: Adapter, task_class: type[Task], **options: Any) -> PreTr
         raise ValueError(
             f"{adapter.name!r} is an adapter over {adapter.base!r}, which is an adapter too: merge that one into its base"
         )
+    folder, gguf = resolve(adapter.base)
     try:
-        return load_model(adapter.base, task_class, revision=adapter.base_revision, **options)
+        AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=adapter.base_revision)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{adapter.name!r} is an adapter over {adapter.base!r}, which can't be loaded ({reason}): put the base there, or "
             "correct base_model_name_or_path in its adapter_config.json"
         ) from None
+    return load_model(adapter.base, task_class, revision=adapter.base_revision, **options)
 
 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
