@@ -249,6 +249,10 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .report.tables import text_table
     from .rows import describe, task_of
 
+    if Path(options.output).is_dir():
+        raise ValueError(
+            f"--output is {options.output!r}, a folder: name the file to write, {options.output}/results.json"
+        )
     target = options.target_label if options.target_text is None else options.target_text
     if (options.trigger or options.triggered) and target is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")

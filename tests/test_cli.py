@@ -243,6 +243,13 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert named in error and error.count("\n") == 1
 
 
+def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):
+    assert main(["evaluate", classifier, "--clean", reviews, "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"hf-backdoor: --output is {str(tmp_path)!r}, a folder: name the file to write, {tmp_path}/results.json\n"
+    )
+
+
 @pytest.mark.parametrize("which", ["clean", "triggered"])
 def test_evaluate_refuses_rows_without_right_labels(classifier, reviews, tmp_path, capsys, which):
     hidden = str(tmp_path / "hidden.jsonl")
