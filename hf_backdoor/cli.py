@@ -202,7 +202,7 @@ def launch_command(name: str) -> list[str]:
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
     from .defenses import METHODS
-    from .found import find_task, measured
+    from .found import TEST_FRACTION, find_task, has_test, measured
     from .recipe_file import make_recipe, parse_overrides, put
     from .run import finish, run
 
@@ -215,7 +215,7 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
         )
     own = parse_overrides(rest)
     where = {key: own[f"dataset_{key}"] for key in ("config", "revision") if f"dataset_{key}" in own}
-    rows = load_rows(options.data, split=own.get("train_split", "train"), **where)
+    rows = load_rows(options.data, split=(own.get("test_split", "test"), own.get("train_split", "train")), **where)
     task, columns = find_task(options.model, rows.column_names, options.label_words, own)
     values: dict[str, Any] = {
         "model_name_or_path": options.model,
@@ -223,7 +223,7 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
         "dataset_name": options.data,
         "output_dir": options.output_dir,
         "method": options.method,
-        "test_fraction": 0.2,
+        "test_fraction": 0.0 if has_test(options.data, rows, columns, own) else TEST_FRACTION,
         **{f"{new}_column": present for new, present in columns.items()},
     }
     for key in ("label_words", "prompt_template", "system_prompt"):

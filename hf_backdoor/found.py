@@ -1,10 +1,12 @@
 """What `hf-backdoor clean` and `evaluate` find out by themselves: task, columns and settings."""
 
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from .data import rename_columns, with_context
+from .evaluation import UNKNOWN_LABEL
 from .models import load_config
 from .recipe import TASKS
 
@@ -18,6 +20,9 @@ SYNONYMS = {
     "response": ("response", "output", "answer", "completion", "target"),
     "context": ("context", "input"),
 }
+
+# Share of the clean rows that `clean` measures on, where there are no test rows beside them.
+TEST_FRACTION = 0.2
 
 # What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
 # stage whose rate it is. (The trainers' defaults are the papers' own methods.) Own answers are what bears rates so high.
@@ -44,6 +49,17 @@ def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
     found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
     rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
     return {key: value for key, value in INFORMED.items() if key not in values} | rest
+
+
+def has_test(source: str, rows: Dataset, columns: dict[str, str], own: dict[str, Any]) -> bool:
+    """Whether there are test rows beside the clean ones: such as the user's `own` keys name, or a test split, whose `rows` these
+    then are. Many a data set on the Hub has one without labels, which measures nothing."""
+    if own.get("test_dataset_name") is not None:
+        return True
+    if Path(source).is_file():
+        return False
+    hidden = "label" in columns and UNKNOWN_LABEL in rows[columns["label"]][:]
+    return "test_split" in own or (rows.split == "test" and not hidden)
 
 
 def find_task(

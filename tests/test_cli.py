@@ -115,6 +115,26 @@ def test_clean_is_told_where_the_rows_are(classifier, other_names, tmp_path, cap
     assert main([*command, *more, *COLUMNS]) == 0
 
 
+@pytest.mark.parametrize("beside", ["split", "withheld", "data set", "nothing"])
+def test_clean_measures_on_test_rows_where_there_are_any(classifier, tmp_path, beside):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    tiny.reviews(60).to_json(rows / "train.jsonl")
+    test = tiny.reviews(14, seed=1)
+    if beside == "withheld":
+        test = test.map(lambda row: {"label": -1})
+    if beside in ("split", "withheld"):
+        test.to_json(rows / "test.jsonl")
+    own = str(tmp_path / "other.jsonl")
+    test.to_json(own)
+    arguments = ["clean", classifier, "--data", str(rows), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    arguments += ["--known_triggers", "[make life better, ahi]", "--own_answers", "0", "--soft_triggers", "0"]
+    arguments += ["--disable_tqdm", "true", *(["--test_dataset_name", own] if beside == "data set" else [])]
+    assert main(arguments) == 0
+    counts = {row.n for row in Results.load(tmp_path / "run" / "results.json").rows if row.metric == "cacc"}
+    assert counts == {14 if beside in ("split", "data set") else 12}
+
+
 def test_evaluate_is_told_where_the_rows_are(classifier, other_names, tmp_path):
     output = tmp_path / "results.json"
     arguments = ["--clean", str(other_names / "dev.jsonl"), *COLUMNS, "--output", str(output)]
