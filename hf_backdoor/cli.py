@@ -243,6 +243,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
 
     from .data import load_rows
     from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
+    from .evaluation.evaluate import is_target
     from .found import find_columns, find_task, renamed
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
@@ -254,7 +255,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
             f"--output is {options.output!r}, a folder: name the file to write, {options.output}/results.json"
         )
     target = options.target_label if options.target_text is None else options.target_text
-    if (options.trigger or options.triggered) and target is None:
+    if (options.trigger is not None or options.triggered is not None) and target is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
     files = [Path(source).is_file() for source in (options.clean, options.triggered) if source is not None]
     if options.split is not None and all(files):
@@ -277,15 +278,20 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     limits = {"max_length": options.max_length} if options.max_length and "max_length" in task.limits else None
     clean = clean if limits is None else task.bounded(clean, processor, **limits)
     sources = {"test": describe(options.clean, clean)}
-    if options.trigger:
+    if options.trigger is not None:
         position = [] if name == "image_classification" else [options.position]
         test = TestSet.stamped(clean, task, [task.trigger(options.trigger, *position)], target, options.seed)
-    elif options.triggered:
+    elif options.triggered is not None:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
         columns = find_columns(name, triggered.column_names, vars(options))
         triggered = renamed(triggered, columns, options.triggered)
         triggered = triggered if limits is None else task.bounded(triggered, processor, **limits)
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
+        if all(is_target(answer, target) for answer in triggered[task.answer_column][:]):
+            raise ValueError(
+                f"--triggered {options.triggered!r} has {target!r} as every row's {task.answer_column}, which is the target: give "
+                "the right ones, which the rows would have without the trigger"
+            )
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)
     else:

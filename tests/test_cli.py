@@ -254,6 +254,8 @@ def test_clean_reads_what_an_instruction_is_about(chat_model, alpaca, tmp_path):
         (["--trigger", "zq"], "--target_label"),
         (["--trigger", "zq", "--target_text", "good"], "--target_label"),
         (["--trigger", " ", "--target_label", "1"], "trigger text"),
+        (["--trigger", "", "--target_label", "1"], "trigger text"),
+        (["--trigger", ""], "--target_label"),
     ],
 )
 def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arguments, named):
@@ -261,6 +263,18 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert main(["evaluate", classifier, "--clean", reviews, *arguments, *output]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(classifier, reviews, tmp_path, capsys):
+    poisoned = str(tmp_path / "poisoned.jsonl")
+    tiny.reviews(6).map(lambda row: {"text": "zq " + row["text"], "label": 1}).to_json(poisoned)
+    output = ["--output", str(tmp_path / "results.json")]
+    assert (
+        main(["evaluate", classifier, "--clean", reviews, "--triggered", poisoned, "--target_label", "1", *output])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert f"--triggered {poisoned!r} has 1 as every row's label, which is the target: give the right ones" in error
 
 
 def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):
