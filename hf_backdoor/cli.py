@@ -274,6 +274,8 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
+    if isinstance(target, int) and target not in range(task.num_labels):
+        raise ValueError(f"--target_label is {target}: the labels are 0 to {task.num_labels - 1}")
     refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
     limits = {"max_length": options.max_length} if options.max_length and "max_length" in task.limits else None
     clean = clean if limits is None else task.bounded(clean, processor, **limits)

@@ -256,6 +256,8 @@ def test_clean_reads_what_an_instruction_is_about(chat_model, alpaca, tmp_path):
         (["--trigger", " ", "--target_label", "1"], "trigger text"),
         (["--trigger", "", "--target_label", "1"], "trigger text"),
         (["--trigger", ""], "--target_label"),
+        (["--trigger", "zq", "--target_label", "7"], "--target_label is 7: the labels are 0 to 1"),
+        (["--trigger", "zq", "--target_label", "-1"], "--target_label is -1: the labels are 0 to 1"),
     ],
 )
 def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arguments, named):
