@@ -136,13 +136,23 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], source: str) -> Da
         source (`str`): What an error calls the data set.
 
     Raises:
-        `ValueError`: if a column is not there.
+        `ValueError`: if a column is not there, has gaps (a context may have some), or holds labels that are True and False.
     """
     for new, present in columns.items():
         if present not in dataset.column_names:
             raise ValueError(
                 f"{new}_column is {present!r}, which is not in {source!r} ({', '.join(dataset.column_names)}): name one of these"
             )
+        # Of all rows in the file first, which costs nothing.
+        if new != "context" and dataset.data.column(present).null_count:
+            gaps = dataset.with_format("arrow")[present][:].null_count
+            if gaps:
+                raise ValueError(
+                    f"{new}_column is {present!r}, which is empty in {gaps} of {len(dataset)} rows of {source!r}: fill it in, or "
+                    "take these rows out"
+                )
+        if new == "label" and getattr(dataset.features[present], "dtype", None) == "bool":
+            raise ValueError(f"label_column is {present!r}, which holds True and False in {source!r}: write 1 and 0")
         if new != present:
             if new in dataset.column_names:
                 dataset = dataset.remove_columns(new)

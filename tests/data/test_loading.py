@@ -57,6 +57,29 @@ def test_a_missing_column_is_named(tmp_path):
         load_rows(write(tmp_path, "jsonl"), columns={"text": "review"})
 
 
+def test_gaps_in_a_column_are_counted(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("sentence,y,about\na good film,1,\n,0,b\nbad,,c\n,1,d\n")
+    for columns, line in (
+        (
+            {"text": "sentence"},
+            "text_column is 'sentence', which is empty in 2 of 4 rows of .*rows.csv': fill it in, or",
+        ),
+        ({"label": "y"}, "label_column is 'y', which is empty in 1 of 4 rows of"),
+    ):
+        with pytest.raises(ValueError, match=f"^{line}"):
+            load_rows(str(file), columns=columns)
+    assert load_rows(str(file), columns={"context": "about"})["context"][0] is None
+    # Rows that are not asked for may have them.
+    assert load_rows(str(file), columns={"label": "y"}, where={"about": "b"})["label"] == [0]
+
+
+def test_labels_of_true_and_false_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,y\na,True\nb,False\n")
+    with pytest.raises(ValueError, match="^label_column is 'y', which holds True and False in .*: write 1 and 0$"):
+        load_rows(str(tmp_path / "rows.csv"), columns={"label": "y"})
+
+
 def test_an_unknown_file_type_is_refused(tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(ValueError, match="must end in .parquet, .jsonl, .json, .csv"):
