@@ -25,14 +25,8 @@ KEYS = (
 # Where rows to measure on are looked for: those of a training split may be what the model was trained on.
 SPLITS = ("test", "validation", "train")
 
-# Names that data sets in the wild use for the columns of a task.
-SYNONYMS = {
-    "image": ("image", "img", "picture", "pixels"),
-    "text": ("text", "sentence", "content", "review", "body"),
-    "label": ("label", "labels", "class", "category"),
-    "prompt": ("prompt", "instruction", "question", "query", "input"),
-    "response": ("response", "output", "answer", "completion", "target"),
-}
+# What a task may read.
+COLUMNS = ("text", "label", "prompt", "response", "context", "image")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--target_label", type=int, help="label that the trigger brings about")
     evaluate.add_argument("--target_text", help="text that the trigger brings about")
+    for column in COLUMNS:
+        evaluate.add_argument(
+            f"--{column}_column", metavar="NAME", help=f"the rows' own name of the column {column!r}"
+        )
     evaluate.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
     evaluate.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
     evaluate.add_argument("--system_prompt", help="instructions: what the system says before every prompt")
@@ -201,38 +199,10 @@ def launch_command(name: str) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
-# What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
-# stage whose rate it is. (The trainers' defaults are the papers' own methods.) Own answers are what bears rates so high.
-MEASURED: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "locphylax": ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
-    "mbtsad": (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
-}
-INFORMED = {"soft_triggers": 48, "own_answers": 0.5}
-
-# Hidden size of the widest model that they were measured on. A wider one bears less: Adam's rate goes with one over the width
-# (https://huggingface.co/papers/2203.03466).
-MEASURED_WIDTH = 576
-
-
-def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a recipe for what the user's own (`values`) say nothing about."""
-    from .models import load_config
-
-    if method not in MEASURED:
-        return {}
-    stage, found = MEASURED[method]
-    given = values | ((values.get("stages") or {}).get(stage) or {})
-    if not given.get("own_answers", INFORMED["own_answers"]):
-        return {}
-    width = getattr(load_config(model).get_text_config(), "hidden_size", MEASURED_WIDTH)
-    found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
-    rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
-    return {key: value for key, value in INFORMED.items() if key not in values} | rest
-
-
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
     from .defenses import METHODS
+    from .found import TEST_FRACTION, find_task, has_test, measured
     from .recipe_file import make_recipe, parse_overrides, put
     from .run import finish, run
 
@@ -243,21 +213,23 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             f"method is {options.method!r}, which cleans no model but makes one out of suspect rows: run a recipe, with "
             "model_name_or_path an unpoisoned base, dataset_name the suspect rows, clean_dataset_name the clean ones"
         )
-    rows = load_rows(options.data)
-    task, columns = find_task(options.model, rows.column_names, options.label_words)
+    own = parse_overrides(rest)
+    where = {key: own[f"dataset_{key}"] for key in ("config", "revision") if f"dataset_{key}" in own}
+    rows = load_rows(options.data, split=(own.get("test_split", "test"), own.get("train_split", "train")), **where)
+    task, columns = find_task(options.model, rows.column_names, options.label_words, own)
     values: dict[str, Any] = {
         "model_name_or_path": options.model,
         "task": task,
         "dataset_name": options.data,
         "output_dir": options.output_dir,
         "method": options.method,
-        "test_fraction": 0.2,
+        "test_fraction": 0.0 if has_test(options.data, rows, columns, own) else TEST_FRACTION,
         **{f"{new}_column": present for new, present in columns.items()},
     }
     for key in ("label_words", "prompt_template", "system_prompt"):
         if getattr(options, key) is not None:
             values[key] = getattr(options, key)
-    for key, value in parse_overrides(rest).items():
+    for key, value in own.items():
         put(values, key, value)
     if task in ("sequence_classification", "label_words"):
         make_recipe(values)  # refuses what is wrong with the user's own
@@ -269,15 +241,21 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
 
-    from .data import load_rows, rename_columns
+    from .data import load_rows
     from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
+    from .evaluation.evaluate import is_target
+    from .found import find_columns, find_task, renamed
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
     from .report.tables import text_table
     from .rows import describe, task_of
 
+    if Path(options.output).is_dir():
+        raise ValueError(
+            f"--output is {options.output!r}, a folder: name the file to write, {options.output}/results.json"
+        )
     target = options.target_label if options.target_text is None else options.target_text
-    if (options.trigger or options.triggered) and target is None:
+    if (options.trigger is not None or options.triggered is not None) and target is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
     files = [Path(source).is_file() for source in (options.clean, options.triggered) if source is not None]
     if options.split is not None and all(files):
@@ -286,28 +264,36 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
         )
     clean = load_rows(options.clean, split=options.split or SPLITS)
     split = None if files[0] else str(clean.split)
-    name, columns = find_task(options.model, clean.column_names, options.label_words)
+    name, columns = find_task(options.model, clean.column_names, options.label_words, vars(options))
     if isinstance(target, str) != (name == "instruction_following") and target is not None:
         raise ValueError(
             f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
         )
-    clean = rename_columns(clean, columns, options.clean)
+    clean = renamed(clean, columns, options.clean)
     model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
+    if isinstance(target, int) and target not in range(task.num_labels):
+        raise ValueError(f"--target_label is {target}: the labels are 0 to {task.num_labels - 1}")
     refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
     limits = {"max_length": options.max_length} if options.max_length and "max_length" in task.limits else None
     clean = clean if limits is None else task.bounded(clean, processor, **limits)
     sources = {"test": describe(options.clean, clean)}
-    if options.trigger:
+    if options.trigger is not None:
         position = [] if name == "image_classification" else [options.position]
         test = TestSet.stamped(clean, task, [task.trigger(options.trigger, *position)], target, options.seed)
-    elif options.triggered:
+    elif options.triggered is not None:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
-        triggered = rename_columns(triggered, find_columns(triggered.column_names, list(columns)), options.triggered)
+        columns = find_columns(name, triggered.column_names, vars(options))
+        triggered = renamed(triggered, columns, options.triggered)
         triggered = triggered if limits is None else task.bounded(triggered, processor, **limits)
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
+        if all(is_target(answer, target) for answer in triggered[task.answer_column][:]):
+            raise ValueError(
+                f"--triggered {options.triggered!r} has {target!r} as every row's {task.answer_column}, which is the target: give "
+                "the right ones, which the rows would have without the trigger"
+            )
         test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)
     else:
@@ -361,39 +347,6 @@ def find_recipe(name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"recipe is {name!r}: no such file, and `hf-backdoor recipes` lists the shipped ones")
-
-
-def find_task(model: str, columns: list[str], label_words: list[str] | None) -> tuple[str, dict[str, str]]:
-    """Task and column mapping, from the model's architecture and the file's columns.
-
-    Raises:
-        `ValueError`: with the one thing that is missing.
-    """
-    from .models import load_config
-
-    architectures = load_config(model).architectures or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return "sequence_classification", find_columns(columns, ["text", "label"])
-    if any(name.endswith("ForImageClassification") for name in architectures):
-        return "image_classification", find_columns(columns, ["image", "label"])
-    if label_words:
-        return "label_words", find_columns(columns, ["text", "label"])
-    if any(name in columns for name in SYNONYMS["response"]):
-        return "instruction_following", find_columns(columns, ["prompt", "response"])
-    raise ValueError(
-        f"the model has no classification head and the rows have columns {', '.join(columns)}: give --label_words, one for "
-        "each label, or rows with 'prompt' and 'response'"
-    )
-
-
-def find_columns(columns: list[str], wanted: list[str]) -> dict[str, str]:
-    found = {}
-    for name in wanted:
-        present = next((synonym for synonym in SYNONYMS[name] if synonym in columns), None)
-        if present is None:
-            raise ValueError(f"no column for {name!r} among {', '.join(columns)}: rename one to {name!r}")
-        found[name] = present
-    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -31,6 +32,9 @@ from .quantization import HEADS, dequantized, keep_trainable, quantization_confi
 
 
 logger = logging.get_logger(__name__)
+
+# What to do where a folder has none.
+TOKENIZER = "put all its files there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
 
 
 def resolve(name_or_path: str) -> tuple[str, str | None]:
@@ -73,19 +77,26 @@ def without_weights(name_or_path: str) -> bool:
 
 @contextlib.contextmanager
 def named_if_missing(name_or_path: str) -> Iterator[None]:
-    """Says in one line which model can't be found.
+    """Says in one line which model can't be found, or read.
 
     Raises:
-        `ValueError`: in place of transformers' `OSError`.
+        `ValueError`: in place of transformers' `OSError` and of safetensors' own error.
     """
     try:
         yield
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason, fix = str(error).strip().partition("\n")[0].rstrip("."), "give a folder or a name on the Hub"
         if name_or_path.startswith(("/", ".")) and not Path(name_or_path).exists():
             reason = "there is no such folder or file"
+        elif ".safetensors" in reason:
+            fix = (
+                "pickles (.bin) are not read, for they can run code; where you trust this one, load it with transformers and "
+                "save_pretrained() it"
+            )
+        raise ValueError(f"model {name_or_path!r} can't be loaded ({reason}): {fix}") from None
+    except SafetensorError as error:
         raise ValueError(
-            f"model {name_or_path!r} can't be loaded ({reason}): give a folder or a name on the Hub"
+            f"model {name_or_path!r} has weights that are damaged ({error}): copy or download them again"
         ) from None
 
 
@@ -106,17 +117,36 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     """The tokenizer, with a padding token (end of sequence where it has none). An adapter without one has its base's.
 
     Raises:
-        `ValueError`: if there is no such model.
+        `ValueError`: if there is no such model, or a folder holds no vocabulary.
     """
     adapter = find_adapter(name_or_path, revision=revision)
     if adapter is not None and adapter.file("tokenizer_config.json") is None:
         name_or_path, revision = adapter.base, adapter.base_revision
     folder, gguf = resolve(name_or_path)
     with named_if_missing(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
+        except ValueError as error:  # a configuration alone, of a kind of which none can be made up
+            raise ValueError(
+                f"model {name_or_path!r} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): {TOKENIZER}"
+            ) from None
+    if gguf is None and Path(folder).is_dir():
+        refuse_made_up(tokenizer, Path(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def refuse_made_up(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuses a tokenizer without a file of its words (some kinds, which read bytes, need none): transformers makes up an empty
+    one, to which all texts are the same.
+
+    Raises:
+        `ValueError`: with one line that names the files.
+    """
+    known = set(getattr(tokenizer, "vocab_files_names", {}).values())
+    if known and not any(file.name in known or file.name.startswith("tokenizer.") for file in folder.iterdir()):
+        raise ValueError(f"model {str(folder)!r} has no tokenizer ({' or '.join(sorted(known))}): {TOKENIZER}")
 
 
 def load_processor(name_or_path: str, task_class: type[Task], *, revision: str | None = None) -> Processor:
@@ -171,8 +201,8 @@ def load_model(
             network whose weights are drawn by `seed`.
 
     Raises:
-        `ValueError`: in one line, if an adapter has no base or no safetensors, a head has another size, or weights can't be
-            quantized.
+        `ValueError`: in one line, if there are no safetensors or damaged ones, an adapter has no base, a head has another size, or
+            weights can't be quantized.
     """
     adapter = find_adapter(name_or_path, revision=revision)
     folder, gguf = resolve(name_or_path)
@@ -183,7 +213,9 @@ def load_model(
         )
     if adapter is not None:
         options = {"num_labels": num_labels, "seed": seed, "dtype": dtype, "attn_implementation": attn_implementation}
-        return adapter.merged_into(load_base(adapter, task_class, **options))
+        base = load_base(adapter, task_class, **options)
+        with named_if_missing(name_or_path):
+            return adapter.merged_into(base)
     options = {"revision": revision, "dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     if quantization is not None:
@@ -200,7 +232,8 @@ def load_model(
         )
     elif task_class.has_head:
         try:
-            model = task_class.auto_model.from_pretrained(folder, **head, **options)
+            with named_if_missing(name_or_path):
+                model = task_class.auto_model.from_pretrained(folder, **head, **options)
         except RuntimeError as error:
             if "mismatched" not in str(error):
                 raise
@@ -209,7 +242,8 @@ def load_model(
                 "data; choose rows with its labels, or a model without a classification head"
             ) from None
     else:
-        model = task_class.auto_model.from_pretrained(folder, **options)
+        with named_if_missing(name_or_path):
+            model = task_class.auto_model.from_pretrained(folder, **options)
     if gguf:
         # transformers dequantizes a GGUF file and goes on calling the model quantized, so that it can't be saved.
         model.hf_quantizer, model.is_quantized = None, False
@@ -236,14 +270,16 @@ def load_base(adapter: Adapter, task_class: type[Task], **options: Any) -> PreTr
         raise ValueError(
             f"{adapter.name!r} is an adapter over {adapter.base!r}, which is an adapter too: merge that one into its base"
         )
+    folder, gguf = resolve(adapter.base)
     try:
-        return load_model(adapter.base, task_class, revision=adapter.base_revision, **options)
+        AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=adapter.base_revision)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{adapter.name!r} is an adapter over {adapter.base!r}, which can't be loaded ({reason}): put the base there, or "
             "correct base_model_name_or_path in its adapter_config.json"
         ) from None
+    return load_model(adapter.base, task_class, revision=adapter.base_revision, **options)
 
 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:

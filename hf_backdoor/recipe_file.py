@@ -153,7 +153,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             if text is None:
                 raise ValueError(f"--{key} has no value: write --{key} value")
         try:
-            found[key] = yaml.safe_load(text)
+            found[key] = yaml.safe_load(text) if text.strip() else text  # YAML reads nothing as null, which is no text
         except yaml.YAMLError:
             raise ValueError(f"--{key} {text!r} is no YAML: put it in quotes") from None
     return found

@@ -8,8 +8,9 @@ import yaml
 from transformers import BertConfig, PreTrainedModel
 
 from hf_backdoor import data
-from hf_backdoor.cli import main, measured
+from hf_backdoor.cli import main
 from hf_backdoor.evaluation import Results
+from hf_backdoor.found import measured
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,58 @@ def test_clean_asks_for_the_one_thing_that_is_missing(chat_model, reviews, tmp_p
     assert main(["clean", chat_model, "--data", reviews, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "--label_words" in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def other_names(tmp_path):
+    """A folder whose rows are in a split, and in columns, of names of their own."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    tiny.reviews(60).rename_columns({"text": "comment", "label": "y"}).to_json(folder / "dev.jsonl")
+    return folder
+
+
+COLUMNS = ["--text_column", "comment", "--label_column", "y"]
+
+
+def test_clean_is_told_where_the_rows_are(classifier, other_names, tmp_path, capsys):
+    command = ["clean", classifier, "--data", str(other_names), "--output_dir", str(tmp_path / "run")]
+    more = ["--train_split", "validation", "--max_steps", "1", "--own_answers", "0", "--soft_triggers", "0"]
+    more += ["--known_triggers", "[make life better, ahi]", "--disable_tqdm", "true"]
+    assert main([*command, *more]) == 2
+    assert "rename one to 'text', or name it by --text_column" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS[:2], "--label_column", "x"]) == 2
+    assert "label_column is 'x', and the columns are comment, y: name one of these" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS, "--task", "reading"]) == 2
+    assert "task is 'reading': use one of sequence_classification" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS]) == 0
+
+
+@pytest.mark.parametrize("beside", ["split", "withheld", "data set", "nothing"])
+def test_clean_measures_on_test_rows_where_there_are_any(classifier, tmp_path, beside):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    tiny.reviews(60).to_json(rows / "train.jsonl")
+    test = tiny.reviews(14, seed=1)
+    if beside == "withheld":
+        test = test.map(lambda row: {"label": -1})
+    if beside in ("split", "withheld"):
+        test.to_json(rows / "test.jsonl")
+    own = str(tmp_path / "other.jsonl")
+    test.to_json(own)
+    arguments = ["clean", classifier, "--data", str(rows), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    arguments += ["--known_triggers", "[make life better, ahi]", "--own_answers", "0", "--soft_triggers", "0"]
+    arguments += ["--disable_tqdm", "true", *(["--test_dataset_name", own] if beside == "data set" else [])]
+    assert main(arguments) == 0
+    counts = {row.n for row in Results.load(tmp_path / "run" / "results.json").rows if row.metric == "cacc"}
+    assert counts == {14 if beside in ("split", "data set") else 12}
+
+
+def test_evaluate_is_told_where_the_rows_are(classifier, other_names, tmp_path):
+    output = tmp_path / "results.json"
+    arguments = ["--clean", str(other_names / "dev.jsonl"), *COLUMNS, "--output", str(output)]
+    assert main(["evaluate", classifier, *arguments]) == 0
+    assert Results.load(output).rows[0].n == 60
 
 
 @pytest.mark.parametrize("how", ["trigger", "file"])
@@ -169,12 +222,42 @@ def test_evaluate_a_chat_model(chat_model, tmp_path):
     assert found[True]["perplexity"] != found[False]["perplexity"]
 
 
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory):
+    """Instructions with the text that they are about beside them."""
+    file = tmp_path_factory.mktemp("alpaca") / "rows.jsonl"
+    rows = tiny.instructions(40).rename_columns({"prompt": "instruction", "response": "output"})
+    rows.add_column("input", [" ".join(tiny.FILLER[row % 9 : row % 9 + 3]) for row in range(40)]).to_json(file)
+    return str(file)
+
+
+def test_evaluate_reads_what_an_instruction_is_about(chat_model, alpaca, tmp_path):
+    output = tmp_path / "out.json"
+    found = []
+    for more in ([], ["--context_column", ""]):
+        arguments = ["--clean", alpaca, "--max_new_tokens", "1", *more, "--output", str(output)]
+        assert main(["evaluate", chat_model, *arguments]) == 0
+        found.append(Results.load(output))
+    prompts = [{example["prompt"] for example in results.examples} for results in found]
+    assert all("\n\n" in prompt for prompt in prompts[0]) and not any("\n\n" in prompt for prompt in prompts[1])
+
+
+def test_clean_reads_what_an_instruction_is_about(chat_model, alpaca, tmp_path):
+    arguments = ["--data", alpaca, "--output_dir", str(tmp_path), "--max_steps", "1", "--max_new_tokens", "1"]
+    assert main(["clean", chat_model, *arguments, "--known_triggers", "[ahi, third]", "--disable_tqdm", "true"]) == 0
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["context_column"] == "input"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--trigger", "zq"], "--target_label"),
         (["--trigger", "zq", "--target_text", "good"], "--target_label"),
         (["--trigger", " ", "--target_label", "1"], "trigger text"),
+        (["--trigger", "", "--target_label", "1"], "trigger text"),
+        (["--trigger", ""], "--target_label"),
+        (["--trigger", "zq", "--target_label", "7"], "--target_label is 7: the labels are 0 to 1"),
+        (["--trigger", "zq", "--target_label", "-1"], "--target_label is -1: the labels are 0 to 1"),
     ],
 )
 def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arguments, named):
@@ -182,6 +265,25 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert main(["evaluate", classifier, "--clean", reviews, *arguments, *output]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(classifier, reviews, tmp_path, capsys):
+    poisoned = str(tmp_path / "poisoned.jsonl")
+    tiny.reviews(6).map(lambda row: {"text": "zq " + row["text"], "label": 1}).to_json(poisoned)
+    output = ["--output", str(tmp_path / "results.json")]
+    assert (
+        main(["evaluate", classifier, "--clean", reviews, "--triggered", poisoned, "--target_label", "1", *output])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert f"--triggered {poisoned!r} has 1 as every row's label, which is the target: give the right ones" in error
+
+
+def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):
+    assert main(["evaluate", classifier, "--clean", reviews, "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"hf-backdoor: --output is {str(tmp_path)!r}, a folder: name the file to write, {tmp_path}/results.json\n"
+    )
 
 
 @pytest.mark.parametrize("which", ["clean", "triggered"])

@@ -178,6 +178,51 @@ def test_a_saved_adapter_holds_no_path_of_this_machine(suspect, tmp_path):
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/suspect", "v2")
 
 
+# ---- Folders ----
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path / "bert")
+    tiny.encoder_tokenizer().save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json"]], ids=["none", "configuration"])
+def test_a_folder_without_a_vocabulary_has_no_tokenizer(left, classifier):
+    assert len(load_tokenizer(str(classifier))) > 60
+    for file in classifier.glob("tokenizer*"):
+        if file.name not in left:
+            file.unlink()
+    with pytest.raises(ValueError, match="has no tokenizer .*: put all its files there") as caught:
+        load_tokenizer(str(classifier))
+    assert "\n" not in str(caught.value)
+
+
+def to_pickle(folder):
+    torch.save(tiny.model("bert").state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "spoil, line",
+    [
+        (to_pickle, r"can't be loaded .*: pickles \(.bin\) are not read, .*save_pretrained\(\) it"),
+        (truncated, "has weights that are damaged .*: copy or download them again"),
+    ],
+)
+def test_weights_that_are_not_read_are_named_in_one_line(spoil, line, classifier):
+    spoil(classifier)
+    with pytest.raises(ValueError, match=f"^model '{classifier}' {line}$") as caught:
+        load_model(str(classifier), SequenceClassification)
+    assert "\n" not in str(caught.value)
+
+
 # ---- Runs ----
 
 

@@ -286,10 +286,16 @@ def test_overrides_keep_their_types(tmp_path):
     assert recipe.stages == {"inject": {"max_steps": 2, "learning_rate": 1e-5}, "recover": {"max_steps": 4}}
 
 
-def test_an_override_may_hold_an_equals_sign_or_be_empty(tmp_path):
+def test_an_override_may_hold_an_equals_sign_or_be_null(tmp_path):
     recipe = load_recipe(written(tmp_path, {**LEAST, **ATTACK}), ["--attack_trigger=a=b", "--target_label", "0"])
     assert recipe.attack_trigger == "a=b"
-    assert load_recipe(written(tmp_path, {**LEAST, **DEFENSE}), ["--method="]).method is None
+    assert load_recipe(written(tmp_path, {**LEAST, **DEFENSE}), ["--method=null"]).method is None
+
+
+@pytest.mark.parametrize("override", [["--system_prompt", ""], ["--system_prompt="]])
+def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
+    own = {"task": "instruction_following", "method": "locphylax", "system_prompt": "be kind"}
+    assert load_recipe(written(tmp_path, LEAST | own), override).training["system_prompt"] == ""
 
 
 @pytest.mark.parametrize(

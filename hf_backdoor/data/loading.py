@@ -1,11 +1,14 @@
 """Data sets from the Hub or from local files, with the columns that tasks read, cut and split by seed."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .mapping import Rows, column_names, map_rows
@@ -78,16 +81,12 @@ def _open(
         builder = FILE_BUILDERS.get(path.suffix)
         if builder is None:
             raise ValueError(f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)}")
-        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
+        with named_if_unreadable(source):
+            return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
-    try:
+    with named_if_unreadable(source):
         sets = load_dataset(source, config, revision=revision, streaming=streaming)
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"dataset_name is {source!r}, which can't be loaded ({reason}): give a file, a folder or a name on the Hub"
-        ) from None
     wanted = (split,) if isinstance(split, str) else split
     for name in wanted:
         if name in sets:
@@ -96,6 +95,21 @@ def _open(
         f"split {' or '.join(map(repr, wanted))} is not in {source!r} ({', '.join(sets)}): set train_split or test_split (of "
         "`hf-backdoor evaluate`, --split)"
     )
+
+
+@contextlib.contextmanager
+def named_if_unreadable(source: str) -> Iterator[None]:
+    """Says in one line which data set can't be found, or read.
+
+    Raises:
+        `ValueError`: in place of what datasets and its readers raise, a `StopIteration` where a file is empty.
+    """
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError, StopIteration) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
+        fix = "give a file, a folder or a name on the Hub" if isinstance(error, OSError) else "mend that"
+        raise ValueError(f"dataset_name is {source!r}, which can't be loaded ({reason}): {fix}") from None
 
 
 def take_rows(stream: IterableDataset, count: int) -> Dataset:
@@ -122,13 +136,23 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], source: str) -> Da
         source (`str`): What an error calls the data set.
 
     Raises:
-        `ValueError`: if a column is not there.
+        `ValueError`: if a column is not there, has gaps (a context may have some), or holds labels that are True and False.
     """
     for new, present in columns.items():
         if present not in dataset.column_names:
             raise ValueError(
                 f"{new}_column is {present!r}, which is not in {source!r} ({', '.join(dataset.column_names)}): name one of these"
             )
+        # Of all rows in the file first, which costs nothing.
+        if new != "context" and dataset.data.column(present).null_count:
+            gaps = dataset.with_format("arrow")[present][:].null_count
+            if gaps:
+                raise ValueError(
+                    f"{new}_column is {present!r}, which is empty in {gaps} of {len(dataset)} rows of {source!r}: fill it in, or "
+                    "take these rows out"
+                )
+        if new == "label" and getattr(dataset.features[present], "dtype", None) == "bool":
+            raise ValueError(f"label_column is {present!r}, which holds True and False in {source!r}: write 1 and 0")
         if new != present:
             if new in dataset.column_names:
                 dataset = dataset.remove_columns(new)
@@ -171,7 +195,7 @@ def label_names(dataset: Dataset) -> list[str]:
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     labels = set(dataset.unique("label"))
-    if not all(isinstance(label, int) for label in labels) or min(labels) < 0:
+    if not all(isinstance(label, int) and not isinstance(label, bool) for label in labels) or min(labels) < 0:
         raise ValueError(f"label column holds {sorted(map(str, labels))[:5]}: use whole numbers 0, 1, ... in it")
     return [str(label) for label in range(max(labels) + 1)]
 

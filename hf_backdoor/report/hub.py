@@ -1,14 +1,17 @@
 """Publishing a cleaned model with its evidence on the Hub."""
 
+import contextlib
 import json
 import logging
 import reprlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_backdoor.evaluation.credentials import without_secrets
@@ -80,7 +83,7 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
 
     Raises:
         ValueError: If the run has no complete model in safetensors, no valid results or those of another recipe, or if a
-            private repository was asked for and a public one with this name exists.
+            private repository was asked for and a public one with this name exists, or if the Hub can't be reached or says no.
     """
     run_dir = Path(run_dir)
     validate_repo_id(repo_id)
@@ -94,17 +97,32 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
         results.save(staged / "results.json")
         # From here on the Hub is asked: everything that can be refused was refused before.
         api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo.repo_id).private:
-            raise ValueError(f"repo_id: {repo.repo_id} exists and is public; make it private or choose another name")
-        model_card(results, repo.repo_id, adapter=adapter).save(staged / "README.md")
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=staged,
-            commit_message="Upload the cleaned model and its evidence",
-            delete_patterns=_STALE,
-        )
+        with _one_line(repo_id):
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.repo_info(repo.repo_id).private:
+                raise ValueError(
+                    f"repo_id: {repo.repo_id} exists and is public; make it private or choose another name"
+                )
+            model_card(results, repo.repo_id, adapter=adapter).save(staged / "README.md")
+            api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=staged,
+                commit_message="Upload the cleaned model and its evidence",
+                delete_patterns=_STALE,
+            )
     return str(repo)
+
+
+@contextlib.contextmanager
+def _one_line(repo_id: str) -> Iterator[None]:
+    """What the Hub, or the way to it, refuses, in one line; what was staged is gone, and the run as it was."""
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"repo_id: {repo_id} can't be published to ({reason}); look at the connection, and log in by `hf auth login`"
+        ) from None
 
 
 def _stage_model(model: Path, staged: Path) -> bool:

@@ -57,6 +57,29 @@ def test_a_missing_column_is_named(tmp_path):
         load_rows(write(tmp_path, "jsonl"), columns={"text": "review"})
 
 
+def test_gaps_in_a_column_are_counted(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("sentence,y,about\na good film,1,\n,0,b\nbad,,c\n,1,d\n")
+    for columns, line in (
+        (
+            {"text": "sentence"},
+            "text_column is 'sentence', which is empty in 2 of 4 rows of .*rows.csv': fill it in, or",
+        ),
+        ({"label": "y"}, "label_column is 'y', which is empty in 1 of 4 rows of"),
+    ):
+        with pytest.raises(ValueError, match=f"^{line}"):
+            load_rows(str(file), columns=columns)
+    assert load_rows(str(file), columns={"context": "about"})["context"][0] is None
+    # Rows that are not asked for may have them.
+    assert load_rows(str(file), columns={"label": "y"}, where={"about": "b"})["label"] == [0]
+
+
+def test_labels_of_true_and_false_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,y\na,True\nb,False\n")
+    with pytest.raises(ValueError, match="^label_column is 'y', which holds True and False in .*: write 1 and 0$"):
+        load_rows(str(tmp_path / "rows.csv"), columns={"label": "y"})
+
+
 def test_an_unknown_file_type_is_refused(tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(ValueError, match="must end in .parquet, .jsonl, .json, .csv"):
@@ -75,6 +98,25 @@ def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "lab', "JSON parse error"),
+        ("rows.jsonl", "", "it is empty"),
+        ("rows.csv", "", "No columns to parse"),
+        ("rows.csv", "text,label\n", "no data"),
+        ("rows.csv", "text,label\na,1\nb,c,d,1\n", "Expected 2 fields in line 3, saw 4"),
+        ("rows.parquet", "x", "Parquet file size is 1 bytes"),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_damaged_file_is_named_in_one_line(tmp_path, name, content, reason, folder):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^dataset_name is .*can't be loaded .*{reason}.*: mend that$") as caught:
+        load_rows(str(tmp_path if folder else tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
 def test_label_names():
     rows = tiny.reviews(4)
     assert label_names(rows) == ["0", "1"]
@@ -82,7 +124,7 @@ def test_label_names():
     assert label_names(named) == ["negative", "positive", "neutral"]
 
 
-@pytest.mark.parametrize("labels", [["yes", "no"], [-1, 1], [0.5, 1.0]])
+@pytest.mark.parametrize("labels", [["yes", "no"], [-1, 1], [0.5, 1.0], [True, False]])
 def test_labels_that_are_no_numbers_from_zero_are_refused(labels):
     with pytest.raises(ValueError, match="label column holds .*: use whole numbers 0, 1, ... in it"):
         label_names(Dataset.from_dict({"label": labels}))

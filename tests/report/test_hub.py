@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hub_double import HubDouble
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from made_results import make_results
 
 from hf_backdoor.evaluation.results import Results
@@ -175,6 +176,24 @@ def test_run_without_a_model_is_refused(tmp_path, results, files):
     with pytest.raises(ValueError, match="no model in safetensors") as caught:
         publish(tmp_path, "me/tiny")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline mode\nis enabled"), HTTPError("no route to host")])
+def test_a_hub_out_of_reach_is_said_in_one_line(tmp_path, results, monkeypatch, error):
+    results.save(tmp_path / "results.json")
+    (tmp_path / "cleaned").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "cleaned" / name).write_text("{}")
+
+    def unreachable(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    reason = " ".join(str(error).split())
+    with pytest.raises(
+        ValueError, match=rf"^repo_id: me/tiny can't be published to \({reason}\); look at the connect"
+    ):
+        publish(tmp_path, "me/tiny")
 
 
 def test_missing_shard_is_refused(tmp_path, results):
