@@ -214,7 +214,8 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             "model_name_or_path an unpoisoned base, dataset_name the suspect rows, clean_dataset_name the clean ones"
         )
     own = parse_overrides(rest)
-    where = {key: own[f"dataset_{key}"] for key in ("config", "revision") if f"dataset_{key}" in own}
+    given = {key: own.get(f"dataset_{key}") for key in ("config", "revision")}
+    where = {key: str(value) for key, value in given.items() if value is not None}
     rows = load_rows(options.data, split=(own.get("test_split", "test"), own.get("train_split", "train")), **where)
     task, columns = find_task(options.model, rows.column_names, options.label_words, own)
     values: dict[str, Any] = {

@@ -88,6 +88,8 @@ def named_if_missing(name_or_path: str) -> Iterator[None]:
         reason, fix = str(error).strip().partition("\n")[0].rstrip("."), "give a folder or a name on the Hub"
         if name_or_path.startswith(("/", ".")) and not Path(name_or_path).exists():
             reason = "there is no such folder or file"
+        elif without_weights(name_or_path):
+            fix = "copy its weights there, model.safetensors"
         elif ".safetensors" in reason:
             fix = (
                 "pickles (.bin) are not read, for they can run code; where you trust this one, load it with transformers and "

@@ -112,6 +112,8 @@ def test_clean_is_told_where_the_rows_are(classifier, other_names, tmp_path, cap
     assert "label_column is 'x', and the columns are comment, y: name one of these" in capsys.readouterr().err
     assert main([*command, *more, *COLUMNS, "--task", "reading"]) == 2
     assert "task is 'reading': use one of sequence_classification" in capsys.readouterr().err
+    assert main([*command, *more, *COLUMNS, "--dataset_config", "3"]) == 2
+    assert "BuilderConfig '3' not found" in capsys.readouterr().err
     assert main([*command, *more, *COLUMNS]) == 0
 
 

@@ -83,7 +83,7 @@ def _open(
             raise ValueError(f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)}")
         with named_if_unreadable(source):
             return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
-    if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
+    if not source or (not path.is_dir() and (path.is_absolute() or source.startswith("."))):
         raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
     with named_if_unreadable(source):
         sets = load_dataset(source, config, revision=revision, streaming=streaming)

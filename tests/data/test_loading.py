@@ -86,7 +86,7 @@ def test_an_unknown_file_type_is_refused(tmp_path):
         load_rows(str(tmp_path / "rows.xlsx"))
 
 
-@pytest.mark.parametrize("source", ["./nowhere.jsonl", "/nowhere/rows.parquet", "../nowhere"])
+@pytest.mark.parametrize("source", ["./nowhere.jsonl", "/nowhere/rows.parquet", "../nowhere", ""])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
     with pytest.raises(ValueError, match="there is no such folder or file"):
         load_rows(source)
