@@ -102,7 +102,12 @@ class DefenseTrainer(CheckpointTrainer):
         teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ):
-        args = self.config_class()("tmp_trainer") if args is None else args
+        config = self.config_class()
+        args = config("tmp_trainer") if args is None else args
+        if not isinstance(args, config):
+            raise ValueError(
+                f"args is a {type(args).__name__}: pass a {config.__name__}, which takes the same and more"
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"

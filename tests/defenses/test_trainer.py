@@ -3,15 +3,12 @@
 import copy
 import functools
 import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
@@ -401,27 +398,6 @@ def test_a_teacher_from_a_folder_teaches_the_same_in_less_memory(tmp_path, preci
     assert own == torch.float32 and read == (torch.bfloat16 if precision else torch.float32)
 
 
-@pytest.mark.parametrize("method", ["plain", "both", "mbtsad"])
-def test_what_is_uploaded_holds_no_checkpoint_and_no_pickle(tmp_path, monkeypatch, method):
-    uploaded = []
-
-    def upload_folder(folder_path, ignore_patterns, **options):
-        files = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()]
-        uploaded.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, **options: setattr(trainer, "hub_model_id", "me/x"))
-    monkeypatch.setattr(Trainer, "create_model_card", lambda trainer, **options: None)
-    hub = {"push_to_hub": True, "hub_token": "hf_secret", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    trainer = tiny.trainer("sequence_classification", method, tmp_path, **hub)
-    trainer.train()
-    assert uploaded == [] and list(tmp_path.rglob("optimizer.pt"))
-    trainer.push_to_hub()
-    assert [name for name in uploaded[0] if name.endswith(".safetensors")] == ["model.safetensors"]
-    assert {Path(name).suffix for name in uploaded[0]} <= {".safetensors", ".json", ".jinja"}
-
-
-def test_checkpoints_are_not_for_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, **options: None)
-    with pytest.raises(ValueError, match="hub_strategy is 'checkpoint', and checkpoints hold pickles"):
-        tiny.trainer("label_words", "plain", tmp_path, push_to_hub=True, hub_strategy="checkpoint")
+def test_arguments_of_the_stock_trainer_are_told_what_to_be(tmp_path):
+    with pytest.raises(ValueError, match="args is a TrainingArguments: pass a DefenseConfig"):
+        DefenseTrainer(tiny.model("bert"), TrainingArguments(str(tmp_path)), processing_class=tiny.encoder_tokenizer())
