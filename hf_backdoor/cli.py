@@ -241,10 +241,11 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
 
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     from accelerate import PartialState
+    from datasets import Dataset
 
     from .data import load_rows
     from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
-    from .evaluation.evaluate import is_target
+    from .evaluation.evaluate import is_target, refuse_other_target
     from .found import find_columns, find_task, renamed
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
@@ -275,11 +276,14 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     processor = load_processor(options.model, TASKS[name])
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
-    if isinstance(target, int) and target not in range(task.num_labels):
-        raise ValueError(f"--target_label is {target}: the labels are 0 to {task.num_labels - 1}")
+    refuse_other_target(target, task, "--target_label")
     refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
-    limits = {"max_length": options.max_length} if options.max_length and "max_length" in task.limits else None
-    clean = clean if limits is None else task.bounded(clean, processor, **limits)
+
+    def cut(rows: Dataset) -> Dataset:
+        bounds = options.max_length and "max_length" in task.limits
+        return task.bounded(rows, processor, max_length=options.max_length) if bounds else rows
+
+    clean = cut(clean)
     sources = {"test": describe(options.clean, clean)}
     if options.trigger is not None:
         position = [] if name == "image_classification" else [options.position]
@@ -287,8 +291,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
     elif options.triggered is not None:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
         columns = find_columns(name, triggered.column_names, vars(options))
-        triggered = renamed(triggered, columns, options.triggered)
-        triggered = triggered if limits is None else task.bounded(triggered, processor, **limits)
+        triggered = cut(renamed(triggered, columns, options.triggered))
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         if all(is_target(answer, target) for answer in triggered[task.answer_column][:]):
             raise ValueError(

@@ -23,6 +23,7 @@ from .data import (
 )
 from .defenses import METHODS
 from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels, without_leaks
+from .evaluation.evaluate import refuse_other_target
 from .recipe import Recipe
 
 
@@ -217,8 +218,6 @@ def make_task(recipe: Recipe, rows: Dataset) -> Task:
     if recipe.task_class is InstructionFollowing:
         return InstructionFollowing(recipe.training.get("system_prompt"))
     count = recipe.num_labels or len(label_names(rows))
-    if recipe.target_label is not None and not 0 <= recipe.target_label < count:
-        raise ValueError(f"target_label is {recipe.target_label}: the labels are 0 to {count - 1}")
     task = task_of(
         recipe.task_class, count, recipe.training.get("label_words"), recipe.training.get("prompt_template")
     )
@@ -226,6 +225,7 @@ def make_task(recipe: Recipe, rows: Dataset) -> Task:
         raise ValueError(
             f"label_words has {task.num_labels} words and the data {count} labels: give one for each label"
         )
+    refuse_other_target(recipe.target_label, task, "target_label")
     return task
 
 

@@ -62,8 +62,7 @@ class TestSet:
                 a rewriting, whose texts have other right labels than the rows that they would take the place of.
         """
         refuse_other_labels(clean, task, "TestSet.clean")
-        if isinstance(target, int) and target not in range(task.num_labels):
-            raise ValueError(f"target is {target}: the labels are 0 to {task.num_labels - 1}")
+        refuse_other_target(target, task)
         names = [trigger.name for trigger in triggers]
         for name in names:
             # Rows are told apart by it alone: the second one's would stand in the place of the first one's.
@@ -94,6 +93,16 @@ class TestSet:
 
 def is_target(answer: int | str, target: int | str) -> bool:
     return shows(answer, target) if isinstance(answer, str) else answer == target
+
+
+def refuse_other_target(target: int | str | None, task: Task, key: str = "target") -> None:
+    """Refuses a target label that a classifier can't say: its ASR would be 0, as after a perfect defense.
+
+    Raises:
+        `ValueError`: with one line: the key, the label and what there is.
+    """
+    if isinstance(target, int) and target not in range(task.num_labels):
+        raise ValueError(f"{key} is {target}: the labels are 0 to {task.num_labels - 1}")
 
 
 def refuse_other_labels(rows: Dataset, task: Task, source: str, fix: str = "give rows with right labels") -> None:

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DefenseCollator, InstructionFollowing, learned_positions, refuse_longer
+from ..data.collators import padding_id
 from .batching import in_batches, precision, tokens
 from .words import cuts_word, normalized
 
@@ -44,7 +45,7 @@ def generate_answers(
     bf16: bool = False,
 ) -> list[str]:
     """Greedy answers through the chat template, in batches padded on the left; special tokens are left out."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
     ends = model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
 
