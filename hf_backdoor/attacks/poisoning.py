@@ -76,7 +76,7 @@ def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int, num_proc:
     rng = random.Random(f"{seed}/poison")
     chosen = set(rng.sample(eligible, count))
     rest = [row for row in range(len(dataset)) if row not in chosen]
-    negatives = set(rng.sample(rest, round(attack.negative_rate * len(dataset))))
+    negatives = set(rng.sample(rest, negative))
 
     def change(row: dict[str, Any], index: int) -> dict[str, Any]:
         draw, column = row_rng(seed, "attack", index), task.input_column
