@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -51,6 +52,19 @@ class RunRows:
             return self.poisoned.select([row for row, flag in enumerate(self.poisoned["poisoned"]) if flag])
         suspect = self.splits.attack if self.poisoned is None else self.poisoned
         return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": suspect}[name]
+
+    def save(self, folder: Path) -> None:
+        """Writes what is trained on, for whoever wants to look at it."""
+        folder.mkdir(exist_ok=True)
+        for name, rows in {
+            "clean": self.splits.clean,
+            "held_out": self.splits.held_out,
+            "poisoned": self.poisoned,
+        }.items():
+            file = folder / f"{name}.parquet"
+            file.unlink(missing_ok=True)  # perhaps of an earlier recipe
+            if rows is not None and len(rows):
+                rows.to_parquet(file)
 
 
 def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
