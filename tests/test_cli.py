@@ -52,6 +52,16 @@ def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["stages"] == recovery
 
 
+def test_clean_says_what_it_would_do(classifier, reviews, tmp_path, capsys):
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    assert main(arguments) == 0
+    described = capsys.readouterr().out
+    assert (
+        "rows     clean: " in described and "stage    soft_search: " in described and "disk     2 models" in described
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_clean_takes_a_rate_that_the_model_bears_and_leaves_the_user_s_own_alone(tmp_path):
     def rates(width, method="locphylax", **values):
         BertConfig(hidden_size=width).save_pretrained(tmp_path)
@@ -317,6 +327,14 @@ def test_dry_run_loads_no_weights(classifier, reviews, tmp_path, capsys, monkeyp
     shown = capsys.readouterr().out
     assert "inject" in shown and "controls/fine_tuning/inject" in shown and "GiB" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_rows_that_the_model_has_no_positions_for(tmp_path, capsys):
+    recipe = tiny.classifier_recipe(tmp_path)
+    tiny.reviews(90).map(lambda row: {"text": row["text"] + " good" * 80}).to_json(tmp_path / "rows.jsonl")
+    assert main(["run", str(recipe), "--dry_run"]) == 2
+    assert "and the model positions for 64: cut the texts, by a max_length" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--dry_run", "--max_length", "40"]) == 0
 
 
 def test_run_names_a_missing_recipe(capsys):
