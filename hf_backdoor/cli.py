@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from .errors import in_one_line
+
 
 # The repository this file lies in, or where an installed package keeps the same folders.
 REPOSITORY = Path(__file__).parent.parent
@@ -30,16 +32,12 @@ COLUMNS = ("text", "label", "prompt", "response", "context", "image")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; errors of the user's making end in one line and exit status 2."""
+    """Entry point."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.takes_overrides:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    try:
-        return options.command(options, rest)
-    except ValueError as error:
-        print(f"hf-backdoor: {error}", file=sys.stderr)
-        return 2
+    return in_one_line(lambda: options.command(options, rest))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, help_: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_, description=help_, epilog=KEYS if takes_overrides else None)
+        sub = commands.add_parser(
+            name, help=help_, description=help_, epilog=KEYS if takes_overrides else None, allow_abbrev=False
+        )
         sub.set_defaults(command=function, takes_overrides=takes_overrides)
         return sub
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
@@ -15,6 +16,13 @@ from .recipe import TASKS, Recipe
 
 # Arguments of trainers that evaluation, and what lies between the stages, go by as well.
 WHOLE_RUN = {"known_response", "label_words", "prompt_template", "system_prompt"}
+
+# Counts, and the least that means anything. (0 and below were taken for "all", for "as it is", or failed much later.)
+LEAST = {
+    "max_train_samples": 1, "max_test_samples": 1, "held_out_samples": 0, "max_length": 1, "max_response_length": 1,
+    "max_new_tokens": 1, "eval_batch_size": 1, "image_size": 1, "num_labels": 2, "lora_r": 1, "seed": 0,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+}  # fmt: skip
 
 # Keys that are read only where there is what they are about.
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -34,6 +42,10 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         `ValueError`: with one line that names the key, the value and the fix.
     """
+    for where, values in _given(recipe).items():
+        for key, least in LEAST.items():
+            if values.get(key) is not None and values[key] < least:
+                raise ValueError(f"{where}{key} is {values[key]}: it must be at least {least}")
     choose(recipe, "task", TASKS)
     choose(recipe, "attack", ATTACKS)
     choose(recipe, "dtype", DTYPES)
@@ -196,6 +208,12 @@ def _check_task(recipe: Recipe) -> None:
     _refuse_set(recipe, ("use_peft", "quantization", "attack_position", "negative_rate", "soft_triggers"))
 
 
+def _given(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What a recipe says, of the whole run and below `stages`, by what its keys begin with."""
+    stages = {f"stages.{name}.": own for name, own in recipe.stages.items()}
+    return {"": {**vars(recipe), **recipe.training}, **stages}
+
+
 def _refuse_set(recipe: Recipe, keys: Iterable[str], why: str | None = None, fix: str = "leave it out") -> None:
     """Refuses keys that mean nothing (by default to the task), where they are set to something."""
     why = why or f"task is {recipe.task}"
@@ -203,11 +221,7 @@ def _refuse_set(recipe: Recipe, keys: Iterable[str], why: str | None = None, fix
         f.name: f.default if f.default_factory is MISSING else f.default_factory()
         for f in (*fields(Recipe), *fields(recipe.config_class))
     }
-    given = {
-        "": {**vars(recipe), **recipe.training},
-        **{f"stages.{name}.": own for name, own in recipe.stages.items()},
-    }
-    for where, values in given.items():
+    for where, values in _given(recipe).items():
         for key in keys:
             if key in usual and values.get(key, usual[key]) != usual[key]:
                 raise ValueError(f"{where}{key} is {values[key]!r}, and {why}: {fix}")

@@ -26,6 +26,7 @@ from .data import Processor, row_lengths
 from .defenses import DefenseTrainer
 from .defenses.engines import forget_engine, zero3_launched
 from .dry_run import describe_run
+from .errors import in_one_line
 from .evaluation import Results, Row, evaluate_backdoor
 from .evaluation.differences import as_json
 from .evaluation.evaluate import COUNTING
@@ -89,6 +90,8 @@ class Run:
                 "set attack_trigger and target_label to train one"
             )
         base, stages = base_model_name(recipe), plan(recipe)
+        for stage in stages:
+            training_config(stage, recipe, stage_arguments(stage, recipe))  # a wrong value is not found after hours
         made = ["base"] * (base == "base") + ["student"] * (recipe.student_layers is not None)
         folders = [stage.folder for stage in stages]
         refuse_to_clear(recipe, [*made, *folders[: None if until is None else folders.index(until) + 1]])
@@ -357,30 +360,30 @@ def finish(results: Results, output_dir: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """What `accelerate launch -m hf_backdoor.run` executes."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        refuse_lost_processes()
-        if not arguments or arguments[0].startswith("-"):
-            raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
-        until = None
-        if UNTIL in arguments[:-1]:
-            position = arguments.index(UNTIL)
-            until = arguments[position + 1]
-            arguments = arguments[:position] + arguments[position + 2 :]
-        recipe = load_recipe(arguments[0], [item for item in arguments[1:] if item != "--dry_run"])
-        if "--dry_run" in arguments:
-            described = describe_run(recipe)
-            if PartialState().is_main_process:
-                print(described)
-            return 0
-        results = run(recipe, until)
-        status = 0 if results is None else finish(results, recipe.output_dir)
-        # A process that leaves the group without a word takes a slower one's last exchange down with it.
-        PartialState().destroy_process_group()
-        return status
-    except ValueError as error:
-        print(f"hf-backdoor: {error}", file=sys.stderr)
-        return 2
+    given = sys.argv[1:] if arguments is None else arguments
+    return in_one_line(lambda: _main(given))
+
+
+def _main(arguments: list[str]) -> int:
+    refuse_lost_processes()
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
+    until = None
+    if UNTIL in arguments[:-1]:
+        position = arguments.index(UNTIL)
+        until = arguments[position + 1]
+        arguments = arguments[:position] + arguments[position + 2 :]
+    recipe = load_recipe(arguments[0], [item for item in arguments[1:] if item != "--dry_run"])
+    if "--dry_run" in arguments:
+        described = describe_run(recipe)
+        if PartialState().is_main_process:
+            print(described)
+        return 0
+    results = run(recipe, until)
+    status = 0 if results is None else finish(results, recipe.output_dir)
+    # A process that leaves the group without a word takes a slower one's last exchange down with it.
+    PartialState().destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

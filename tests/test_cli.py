@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
+from datasets import Dataset
 from transformers import BertConfig, PreTrainedModel
 
 from hf_backdoor import data
@@ -289,6 +290,38 @@ def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(class
     )
     error = capsys.readouterr().err
     assert f"--triggered {poisoned!r} has 1 as every row's label, which is the target: give the right ones" in error
+
+
+@pytest.mark.parametrize("command", ["clean", "evaluate"])
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"text": 5, "label": 1}, "text_column is 'text', which holds int64 in"),
+        ({"text": ["good"], "label": 1}, "text_column is 'text', which holds lists in"),
+        ({"text": "good", "label": [1]}, "label_column is 'label', which holds lists in"),
+        ({"text": "good", "label": 10**12}, "1000000000000"),  # listing so many classes would take all memory
+    ],
+)
+def test_columns_of_another_kind_are_refused_in_one_line(classifier, tmp_path, capsys, command, row, line):
+    data = str(tmp_path / "rows.jsonl")
+    Dataset.from_list([row] * 10).to_json(data)
+    output = ["--data", data, "--output_dir", str(tmp_path / "run")]
+    if command == "evaluate":
+        output = ["--clean", data, "--output", str(tmp_path / "results.json")]
+    assert main([command, classifier, *output]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-backdoor: ") and line in error
+
+
+def test_what_the_system_refuses_ends_in_one_line(classifier, reviews, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.endswith(f"hf-backdoor: File exists: {tmp_path / 'file'}\n")
+
+
+def test_an_override_is_not_taken_for_the_beginning_of_an_option(classifier, reviews, tmp_path, capsys):
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--label", "x"]) == 2
+    assert "hf-backdoor: label is unknown" in capsys.readouterr().err
 
 
 def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):

@@ -235,6 +235,19 @@ def test_what_nothing_would_read_is_refused(values, line):
     refused(f"^{line}", **values)
 
 
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"max_train_samples": 0}, "max_train_samples is 0: it must be at least 1"),
+        ({"held_out_samples": -3}, "held_out_samples is -3: it must be at least 0"),
+        ({"stages": {"suspect": {"gradient_accumulation_steps": 0}}}, "stages.suspect.gradient_accumulation_steps is 0: it"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: write a number"),
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(values, line):
+    refused(f"^{line}", **values)
+
+
 def test_what_nothing_would_read_may_stand_there_as_it_is_by_default():
     make_recipe(
         {**LEAST, "lora_r": 16, "poison_rate": 0.1, "clean_fraction": 0.2, "eval_strategy": "no", "test_split": "test"}
@@ -355,6 +368,8 @@ def test_an_override_reaches_into_stages_that_the_file_leaves_empty(tmp_path):
     "text, line",
     [
         ("a: [1", "is no YAML"),
+        ("seed: 1\nmethod: null\nseed: 2\n", "is no YAML: seed stands there twice"),
+        ("stages:\n  inject: {max_steps: 1, max_steps: 2}\n", "is no YAML: max_steps stands there twice"),
         ("- 1\n- 2\n", "holds no mapping"),
         ("", "holds no mapping"),
         (None, "hf-backdoor recipes"),
@@ -367,6 +382,18 @@ def test_bad_files_are_refused_in_one_line(text, line, tmp_path):
     with pytest.raises(ValueError, match=line) as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_file_in_another_encoding_is_refused_by_its_name(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"output_dir: caf\xe9\n")
+    with pytest.raises(ValueError, match="recipe.yaml is no YAML: 'utf-8' codec"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_anchors_and_merges_are_no_keys_that_stand_twice(tmp_path):
+    stages = "stages:\n  inject: &own {max_steps: 2, warmup_steps: 1}\n  recover: {<<: *own, max_steps: 3}\n"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**LEAST, **DEFENSE}) + stages)
+    assert load_recipe(tmp_path / "recipe.yaml").stages["recover"] == {"max_steps": 3, "warmup_steps": 1}
 
 
 def test_a_flat_recipe_loads_again(tmp_path):
