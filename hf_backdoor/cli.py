@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from .errors import in_one_line
+
 
 # The repository this file lies in, or where an installed package keeps the same folders.
 REPOSITORY = Path(__file__).parent.parent
@@ -30,16 +32,12 @@ COLUMNS = ("text", "label", "prompt", "response", "context", "image")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; errors of the user's making end in one line and exit status 2."""
+    """Entry point."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.takes_overrides:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    try:
-        return options.command(options, rest)
-    except ValueError as error:
-        print(f"hf-backdoor: {error}", file=sys.stderr)
-        return 2
+    return in_one_line(lambda: options.command(options, rest))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,15 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, help_: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_, description=help_, epilog=KEYS if takes_overrides else None)
+        sub = commands.add_parser(
+            name, help=help_, description=help_, epilog=KEYS if takes_overrides else None, allow_abbrev=False
+        )
         sub.set_defaults(command=function, takes_overrides=takes_overrides)
         return sub
 
     run = command("run", run_command, "Run a recipe: attack or suspect, defense, controls, evaluation, report.", True)
     run.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
-    run.add_argument(
-        "--dry_run", action="store_true", help="say what would run and what it would need; load no weights"
-    )
+    dry_run = {"action": "store_true", "help": "say what would run and what it would need; load no weights"}
+    run.add_argument("--dry_run", **dry_run)
     run.add_argument(
         "--accelerate_config",
         metavar="NAME",
@@ -67,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     clean.add_argument("--data", required=True, help="clean rows: parquet, JSON lines, CSV, folder or Hub name")
     clean.add_argument("--output_dir", required=True, help="where the run, and in it cleaned/, goes")
     clean.add_argument("--method", default="locphylax", help="defense (default: locphylax)")
+    clean.add_argument("--dry_run", **dry_run)
     clean.add_argument("--label_words", nargs="+", help="causal LM that classifies: one answer word for each label")
     clean.add_argument("--prompt_template", help="causal LM that classifies: its prompt, with {text} in it")
     clean.add_argument("--system_prompt", help="instructions: what the system says before every prompt")
@@ -202,6 +202,7 @@ def launch_command(name: str) -> list[str]:
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
     from .data.loading import load_rows
     from .defenses import METHODS
+    from .dry_run import describe_run
     from .found import TEST_FRACTION, find_task, has_test, measured
     from .recipe_file import make_recipe, parse_overrides, put
     from .run import finish, run
@@ -236,7 +237,11 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
         make_recipe(values)  # refuses what is wrong with the user's own
         for key, value in measured(options.method, options.model, values).items():
             put(values, key, value)
-    return finish(run(make_recipe(values)), options.output_dir)
+    recipe = make_recipe(values)
+    if options.dry_run:
+        print(describe_run(recipe))
+        return 0
+    return finish(run(recipe), options.output_dir)
 
 
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:

@@ -1,8 +1,9 @@
 """Settings of a recipe that contradict each other, or the machine: each is refused in one line, before anything is loaded."""
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
@@ -16,6 +17,21 @@ from .recipe import TASKS, Recipe
 # Arguments of trainers that evaluation, and what lies between the stages, go by as well.
 WHOLE_RUN = {"known_response", "label_words", "prompt_template", "system_prompt"}
 
+# Counts, and the least that means anything. (0 and below were taken for "all", for "as it is", or failed much later.)
+LEAST = {
+    "max_train_samples": 1, "max_test_samples": 1, "held_out_samples": 0, "max_length": 1, "max_response_length": 1,
+    "max_new_tokens": 1, "eval_batch_size": 1, "image_size": 1, "num_labels": 2, "lora_r": 1, "seed": 0,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+
+# Keys that are read only where there is what they are about.
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+ATTACK = (
+    "attack_position", "poison_rate", "poison_style", "negative_rate", "warp_strength", "target_label", "target_text", "clean_fraction",
+)  # fmt: skip
+ON_HELD_OUT = ("eval_strategy", "load_best_model_at_end")
+OF_TEST_ROWS = ("test_split", "test_row_filter")
+
 ATTACKS = ("data_poisoning", "lwp", "ep")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -26,6 +42,10 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         `ValueError`: with one line that names the key, the value and the fix.
     """
+    for where, values in _given(recipe).items():
+        for key, least in LEAST.items():
+            if values.get(key) is not None and values[key] < least:
+                raise ValueError(f"{where}{key} is {values[key]}: it must be at least {least}")
     choose(recipe, "task", TASKS)
     choose(recipe, "attack", ATTACKS)
     choose(recipe, "dtype", DTYPES)
@@ -103,7 +123,26 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.reference == "train" and recipe.attack_trigger is None:
         raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
+    _refuse_unread(recipe)
     _ = recipe.poisoning
+
+
+def _refuse_unread(recipe: Recipe) -> None:
+    """Refuses what nothing would read: whoever sets it expects something of it."""
+    for read, keys, why, fix in (
+        (recipe.use_peft, LORA, "no adapter is trained", "set use_peft: true, or leave it out"),
+        (recipe.method, ("use_peft",), "there is no defense to train adapters in", "set method, or leave it out"),
+        (recipe.attack_trigger is not None, ATTACK, "there is no attack", "set attack_trigger, or leave it out"),
+        (recipe.held_out_samples, ON_HELD_OUT, "no rows are held out", "set held_out_samples, or leave it out"),
+        (
+            not recipe.test_fraction or recipe.rewritten_dataset_name,
+            OF_TEST_ROWS,
+            "test_fraction cuts test rows out of dataset_name",
+            "leave one out",
+        ),
+    ):
+        if not read:
+            _refuse_set(recipe, keys, why, fix)
 
 
 def _check_stages(recipe: Recipe) -> set[str]:
@@ -152,6 +191,10 @@ def _check_task(recipe: Recipe) -> None:
         LabelWords(tuple(words), recipe.training.get("prompt_template") or "{text}")
     elif words:
         raise ValueError(f"label_words is {words}, and task is {recipe.task}: leave it out, or set task: label_words")
+    if recipe.task_class is not LabelWords:
+        _refuse_set(recipe, ("prompt_template",))
+    columns = ("image_column", "text_column", "label_column", "prompt_column", "response_column")
+    _refuse_set(recipe, [key for key in columns if key.removesuffix("_column") not in recipe.columns()])
     if recipe.task_class is not ImageClassification:
         _refuse_set(recipe, ("image_size", "warp_strength", "augmentation"))
         return
@@ -162,22 +205,26 @@ def _check_task(recipe: Recipe) -> None:
     for values in (recipe.training, *recipe.stages.values()):
         if values.get("known_trigger") is not None:
             ImageTrigger(values["known_trigger"])
-    _refuse_set(
-        recipe, ("use_peft", "quantization", "attack_position", "negative_rate", "prompt_template", "soft_triggers")
-    )
+    _refuse_set(recipe, ("use_peft", "quantization", "attack_position", "negative_rate", "soft_triggers"))
 
 
-def _refuse_set(recipe: Recipe, keys: Iterable[str]) -> None:
-    """Refuses keys that mean nothing to the task, where they are set to something."""
-    usual = {f.name: f.default for f in (*fields(Recipe), *fields(recipe.config_class))}
-    given = {
-        "": {**vars(recipe), **recipe.training},
-        **{f"stages.{name}.": own for name, own in recipe.stages.items()},
+def _given(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What a recipe says, of the whole run and below `stages`, by what its keys begin with."""
+    stages = {f"stages.{name}.": own for name, own in recipe.stages.items()}
+    return {"": {**vars(recipe), **recipe.training}, **stages}
+
+
+def _refuse_set(recipe: Recipe, keys: Iterable[str], why: str | None = None, fix: str = "leave it out") -> None:
+    """Refuses keys that mean nothing (by default to the task), where they are set to something."""
+    why = why or f"task is {recipe.task}"
+    usual = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in (*fields(Recipe), *fields(recipe.config_class))
     }
-    for where, values in given.items():
+    for where, values in _given(recipe).items():
         for key in keys:
             if key in usual and values.get(key, usual[key]) != usual[key]:
-                raise ValueError(f"{where}{key} is {values[key]!r}, and task is {recipe.task}: leave it out")
+                raise ValueError(f"{where}{key} is {values[key]!r}, and {why}: {fix}")
 
 
 def _check_rewritten(recipe: Recipe) -> None:

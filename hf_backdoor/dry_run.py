@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .attacks import EmbeddingPoisoningTrainer
 from .contradictions import check_machine
-from .data import Processor
+from .data import Processor, learned_positions, refuse_longer
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
 from .defenses.mbtsad import MBTSADTrainer
@@ -357,6 +357,8 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
     recipe, trainer = models.recipe, stage.step.trainer
     adapter = recipe.use_peft and stage.settings not in ("reference", "suspect")
     model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
+    if trainer is not MBTSADTrainer:  # which may cut what is too long
+        refuse_longer(tokens, learned_positions(model))
     shape, teacher = shape_of(model), shape_of(models.suspect)
     mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer | SuspectReader)
     connectors = NUM_LAYERS * (shape.hidden + 3) * teacher.hidden

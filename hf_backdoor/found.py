@@ -9,6 +9,7 @@ from .data import rename_columns, with_context
 from .evaluation import UNKNOWN_LABEL
 from .models import load_config
 from .recipe import TASKS
+from .rows import refuse_other_kinds
 
 
 # Names that data sets in the wild use for the columns of a task.
@@ -128,4 +129,5 @@ def find_context(columns: list[str], own: dict[str, Any], found: dict[str, str])
 def renamed(rows: Dataset, columns: dict[str, str], source: str) -> Dataset:
     """The rows as the task reads them, an instruction's context after it."""
     rows = rename_columns(rows, columns, source)
+    refuse_other_kinds(rows, columns, source)
     return with_context(rows, "prompt", "context") if "context" in columns else rows

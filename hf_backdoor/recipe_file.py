@@ -47,6 +47,21 @@ BESIDE = (
 )  # fmt: skip
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: PyYAML takes the last one, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a YAML recipe, puts command-line overrides over it, and checks every key and value.
 
@@ -58,10 +73,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         `ValueError`: with one line that names the key, the value and the fix.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; `hf-backdoor recipes` lists the shipped ones") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping: write one 'key: value' a line")
@@ -132,6 +147,8 @@ def checked(key: str, value: Any, hint: Any) -> Any:
             pass
     if list[str] in allowed and isinstance(value, list):
         value = [item if isinstance(item, str) else str(item) for item in value]
+    if value != value:
+        raise ValueError(f"{key} is {value}: write a number")
     try:
         type_validator(key, value, hint)
     except Exception as error:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from .attacks import Poisoning, poison
 from .data import (
@@ -25,6 +26,10 @@ from .defenses import METHODS
 from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels, without_leaks
 from .evaluation.evaluate import refuse_other_target
 from .recipe import Recipe
+
+
+# Labels beyond are not those of classes, but identifiers, or hashes.
+MOST_LABELS = 100_000
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,19 @@ class RunRows:
             return self.poisoned.select([row for row, flag in enumerate(self.poisoned["poisoned"]) if flag])
         suspect = self.splits.attack if self.poisoned is None else self.poisoned
         return {"clean": self.splits.clean, "attack": self.splits.attack, "poisoned": suspect}[name]
+
+    def save(self, folder: Path) -> None:
+        """Writes what is trained on, for whoever wants to look at it."""
+        folder.mkdir(exist_ok=True)
+        for name, rows in {
+            "clean": self.splits.clean,
+            "held_out": self.splits.held_out,
+            "poisoned": self.poisoned,
+        }.items():
+            file = folder / f"{name}.parquet"
+            file.unlink(missing_ok=True)  # perhaps of an earlier recipe
+            if rows is not None and len(rows):
+                rows.to_parquet(file)
 
 
 def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
@@ -111,7 +129,7 @@ def rewritten(
     only that the target is not their right label."""
     column = task.input_column
     train, triggered = (
-        cut(load_rows(recipe.rewritten_dataset_name, split=name, columns={column: recipe.text_column}).select_columns([column]),
+        cut(load(recipe.rewritten_dataset_name, split=name, columns={column: recipe.text_column}).select_columns([column]),
             task, recipe, processor)
         for name in (recipe.train_split, recipe.test_split)
     )  # fmt: skip
@@ -162,7 +180,7 @@ def with_spares(wanted: int) -> int:
 
 def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
     """The user's suspect rows, as they are, and the clean and held-out rows out of a data set of their own."""
-    clean = load_rows(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
+    clean = load(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
     clean = cut(clean.select_columns(train.column_names).shuffle(seed=recipe.seed), task, recipe, processor)
     clean = without_leaks(clean, test, task.input_column)
     if (recipe.max_train_samples or 0) > len(train):
@@ -182,7 +200,7 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
     if recipe.streaming:
         train_rows = with_spares(sum(counts(recipe, 0)) + recipe.held_out_samples)
         test_rows = recipe.max_test_samples
-    train = load_rows(
+    train = load(
         recipe.dataset_name, split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
         columns=columns, where=recipe.row_filter, take=train_rows, seed=recipe.seed,
     )  # fmt: skip
@@ -194,13 +212,36 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
             {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
         )
         name = recipe.test_dataset_name or recipe.dataset_name
-        test = load_rows(
+        test = load(
             name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, take=test_rows, seed=recipe.seed, **own
         )  # fmt: skip
     train, test = train.select_columns(list(columns)), test.select_columns(list(columns))
     if recipe.context_column:
         train, test = (with_context(rows, "prompt", "context", num_proc_of(recipe)) for rows in (train, test))
     return train, test
+
+
+def load(source: str, *, columns: dict[str, str], **options: Any) -> Dataset:
+    """Rows as `load_rows` gives them, if their columns hold what the task reads."""
+    rows = load_rows(source, columns=columns, **options)
+    refuse_other_kinds(rows, columns, source)
+    return rows
+
+
+def refuse_other_kinds(rows: Dataset, columns: dict[str, str], source: str) -> None:
+    """
+    Raises:
+        `ValueError`: if a column of texts holds numbers, or any column lists.
+    """
+    for name, present in columns.items():
+        kind = getattr(rows.features[name], "dtype", "lists")
+        if name != "image" and (
+            kind == "lists" or (name != "label" and kind not in ("string", "large_string", "null"))
+        ):
+            wanted = "whole numbers 0, 1, ..." if name == "label" else "text"
+            raise ValueError(
+                f"{name}_column is {present!r}, which holds {kind} in {source!r}: make it {wanted}, or name another column"
+            )
 
 
 def cut(rows: Dataset, task: Task, recipe: Recipe, processor: Processor) -> Dataset:
@@ -217,7 +258,7 @@ def num_proc_of(recipe: Recipe) -> int | None:
 def make_task(recipe: Recipe, rows: Dataset) -> Task:
     if recipe.task_class is InstructionFollowing:
         return InstructionFollowing(recipe.training.get("system_prompt"))
-    count = recipe.num_labels or len(label_names(rows))
+    count = recipe.num_labels or count_labels(rows)
     task = task_of(
         recipe.task_class, count, recipe.training.get("label_words"), recipe.training.get("prompt_template")
     )
@@ -227,6 +268,21 @@ def make_task(recipe: Recipe, rows: Dataset) -> Task:
         )
     refuse_other_target(recipe.target_label, task, "target_label")
     return task
+
+
+def count_labels(rows: Dataset) -> int:
+    """Classes of the rows, if that is what their labels are: for each number up to the highest there is one.
+
+    Raises:
+        `ValueError`: if they can't be.
+    """
+    kind = rows.features["label"]
+    if not isinstance(kind, ClassLabel) and kind.dtype.startswith(("int", "uint")):
+        if (highest := max(rows.unique("label"))) >= MOST_LABELS:
+            raise ValueError(
+                f"label_column holds {highest}, which is no class: write whole numbers 0, 1, ... in it, or name another column"
+            )
+    return len(label_names(rows))
 
 
 def task_of(

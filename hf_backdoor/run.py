@@ -10,7 +10,6 @@ inputs have not changed is not run again, so a run that was killed goes on where
 
 import dataclasses
 import gc
-import json
 import os
 import shutil
 import sys
@@ -27,16 +26,20 @@ from .data import Processor, row_lengths
 from .defenses import DefenseTrainer
 from .defenses.engines import forget_engine, zero3_launched
 from .dry_run import describe_run
+from .errors import in_one_line
 from .evaluation import Results, Row, evaluate_backdoor
+from .evaluation.differences import as_json
 from .evaluation.evaluate import COUNTING
 from .folders import (
+    alone_in,
     begin,
     fingerprint,
     finished,
     main_process,
+    noted,
     recipe_is,
-    refuse_foreign,
-    refuse_foreign_run,
+    refuse_to_clear,
+    say_why_again,
     write_json,
     write_yaml,
 )
@@ -87,11 +90,17 @@ class Run:
                 "set attack_trigger and target_label to train one"
             )
         base, stages = base_model_name(recipe), plan(recipe)
-        refuse_foreign_run(self.folder)
+        for stage in stages:
+            training_config(stage, recipe, stage_arguments(stage, recipe))  # a wrong value is not found after hours
         made = ["base"] * (base == "base") + ["student"] * (recipe.student_layers is not None)
         folders = [stage.folder for stage in stages]
-        self._refuse_to_clear([*made, *folders[: None if until is None else folders.index(until) + 1]])
+        refuse_to_clear(recipe, [*made, *folders[: None if until is None else folders.index(until) + 1]])
         self.folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.folder):
+            return self._execute(base, stages, until)
+
+    def _execute(self, base: str, stages: list[Stage], until: str | None) -> Results | None:
+        recipe = self.recipe
         self.processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
         # Before it is used: to cut texts sets something in a tokenizer.
         self.reads = fingerprint(content(self.processor))
@@ -102,11 +111,9 @@ class Run:
         with main_process() as first:
             if first:
                 if not recipe_is(self.folder, recipe):
-                    # Evidence about models that are about to be replaced.
-                    (self.folder / "results.json").unlink(missing_ok=True)
-                    shutil.rmtree(self.folder / "report", ignore_errors=True)
+                    self._drop_evidence()
                 write_yaml(self.folder / "recipe.yaml", recipe.flat())
-                self._save_rows()
+                self.rows.save(self.folder / "data")
         measured: list[tuple[list[Row], list[dict[str, Any]]]] = []
         check_launch(stages, zero3_launched())
         if base == "base":
@@ -155,18 +162,26 @@ class Run:
         peft = lora_arguments(recipe) if recipe.use_peft and stage.settings not in ("reference", "suspect") else None
         # A stage that trains no model trains no adapter either: nothing of it can be quantized.
         quantization = recipe.quantization if peft and stage.step.makes_model else None
-        print_ = fingerprint(
-            stage.step.trainer.__name__, arguments, source, stage.rows, recipe.seed, recipe.dtype, str(self.rows.task),
-            recipe.attn_implementation,
-            self.reads, self.models.origin(stage.parent), {name: self.models.origin(model) for name, model in stage.inputs.items()},
-            {**peft, "quantization": quantization} if quantization else peft,
-            self.rows.sources.get("held_out") if stage.rows == "clean" else None,
-            *([self.rows.sources["clean"]["sha256"]] if stage.step.with_clean else []),
-        )  # fmt: skip
-        self.models.prints[stage.folder] = print_
+        made_from = {
+            **arguments,
+            **{name if name.startswith("lora_") else f"lora_{name}": value for name, value in (peft or {}).items()},
+            "quantization": quantization,
+            "trainer": stage.step.trainer.__name__,
+            "model": self.models.origin(stage.parent),
+            **{argument: self.models.origin(name) for argument, name in stage.inputs.items()},
+            "rows": stage.rows,
+            "data": source,
+            "held-out data": held_out and self.rows.sources["held_out"]["sha256"],
+            "clean data": self.rows.sources["clean"]["sha256"] if stage.step.with_clean else None,
+            **self._common(),
+        }
+        print_ = self.models.prints[stage.folder] = fingerprint(made_from)
         done = finished(folder, print_)
         if done is None:
-            resume = begin(folder, print_)
+            with main_process() as first:
+                if first:
+                    self._drop_evidence()
+            resume = begin(folder, made_from)
             config = training_config(stage, recipe, arguments)
             trainer = stage.step.trainer(
                 model=self.models.load(stage.parent, quantization),
@@ -218,12 +233,20 @@ class Run:
         folder = self.folder / "evaluation"
         file = folder / f"{name.replace('/', '-')}.json"
         bf16 = bool(recipe.training.get("bf16"))
-        print_ = fingerprint(
-            COUNTING, name, self.models.origin(model_name), self.reads, recipe.target, self._known_response(), {k: v["sha256"] for k, v in self.rows.sources.items() if "test" in k},
-            recipe.max_new_tokens, str(self.rows.task), bf16, recipe.seed, recipe.dtype, recipe.attn_implementation,
-        )  # fmt: skip
-        done = json.loads(file.read_text()) if file.exists() else {}
+        made_from = {
+            "way of counting": COUNTING,
+            "model": self.models.origin(model_name),
+            "target": recipe.target,
+            "known_response": self._known_response(),
+            "max_new_tokens": recipe.max_new_tokens,
+            "bf16": bf16,
+            **{name: entry["sha256"] for name, entry in self.rows.sources.items() if "test" in name},
+            **self._common(),
+        }
+        print_ = fingerprint(made_from)
+        done = noted(file)
         if done.get("fingerprint") != print_:
+            say_why_again(f"{name} is measured", done, made_from)
             reset_peak_memory()
             start = time.perf_counter()
             model = self.models.load(model_name).to(PartialState().device)
@@ -243,6 +266,7 @@ class Run:
             gc.collect()
             done = {
                 "fingerprint": print_,
+                "made_from": as_json(made_from),
                 "rows": [dataclasses.asdict(row) for row in rows],
                 "examples": examples,
                 "cost": {
@@ -260,40 +284,26 @@ class Run:
         self.versions.append(done["versions"])
         return [Row(**row) for row in done["rows"]], done["examples"]
 
+    def _common(self) -> dict[str, Any]:
+        """What every stage and every measurement is made from."""
+        recipe = self.recipe
+        return {
+            "task": str(self.rows.task),
+            "tokenizer or image processor": self.reads,
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+            "attn_implementation": recipe.attn_implementation,
+        }
+
     def _known_response(self) -> str | None:
         """What the method plants, if it plants anything."""
         default = getattr(self.recipe.config_class, "known_response", None)
         return self.recipe.training.get("known_response", default)
 
-    def _save_rows(self) -> None:
-        folder = self.folder / "data"
-        folder.mkdir(exist_ok=True)
-        splits = self.rows.splits
-        for name, rows in {"clean": splits.clean, "held_out": splits.held_out, "poisoned": self.rows.poisoned}.items():
-            file = folder / f"{name}.parquet"
-            file.unlink(missing_ok=True)  # perhaps of an earlier recipe
-            if rows is not None and len(rows):
-                rows.to_parquet(file)
-
-    def _refuse_to_clear(self, folders: list[str]) -> None:
-        """Before anything is done: stages write over what earlier ones have left, and over nothing else.
-
-        Raises:
-            `ValueError`: if a folder was not made by a run, or holds a model that this run is to read.
-        """
-        own = [self.folder / name for name in folders]
-        for folder in own:
-            refuse_foreign(folder)
-        for key in ("model_name_or_path", "reference", "student_model_name_or_path"):
-            name = getattr(self.recipe, key)
-            if (
-                name is not None
-                and Path(name).exists()
-                and any(Path(name).resolve().is_relative_to(f.resolve()) for f in own)
-            ):
-                raise ValueError(
-                    f"{key} is {name!r}, which this run would write over: choose another output_dir than {str(self.folder)!r}"
-                )
+    def _drop_evidence(self) -> None:
+        """What tells of models that are about to be replaced."""
+        (self.folder / "results.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "report", ignore_errors=True)
 
 
 def tokens_trained(trainer: DefenseTrainer) -> int | None:
@@ -350,30 +360,30 @@ def finish(results: Results, output_dir: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """What `accelerate launch -m hf_backdoor.run` executes."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        refuse_lost_processes()
-        if not arguments or arguments[0].startswith("-"):
-            raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
-        until = None
-        if UNTIL in arguments[:-1]:
-            position = arguments.index(UNTIL)
-            until = arguments[position + 1]
-            arguments = arguments[:position] + arguments[position + 2 :]
-        recipe = load_recipe(arguments[0], [item for item in arguments[1:] if item != "--dry_run"])
-        if "--dry_run" in arguments:
-            described = describe_run(recipe)
-            if PartialState().is_main_process:
-                print(described)
-            return 0
-        results = run(recipe, until)
-        status = 0 if results is None else finish(results, recipe.output_dir)
-        # A process that leaves the group without a word takes a slower one's last exchange down with it.
-        PartialState().destroy_process_group()
-        return status
-    except ValueError as error:
-        print(f"hf-backdoor: {error}", file=sys.stderr)
-        return 2
+    given = sys.argv[1:] if arguments is None else arguments
+    return in_one_line(lambda: _main(given))
+
+
+def _main(arguments: list[str]) -> int:
+    refuse_lost_processes()
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
+    until = None
+    if UNTIL in arguments[:-1]:
+        position = arguments.index(UNTIL)
+        until = arguments[position + 1]
+        arguments = arguments[:position] + arguments[position + 2 :]
+    recipe = load_recipe(arguments[0], [item for item in arguments[1:] if item != "--dry_run"])
+    if "--dry_run" in arguments:
+        described = describe_run(recipe)
+        if PartialState().is_main_process:
+            print(described)
+        return 0
+    results = run(recipe, until)
+    status = 0 if results is None else finish(results, recipe.output_dir)
+    # A process that leaves the group without a word takes a slower one's last exchange down with it.
+    PartialState().destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

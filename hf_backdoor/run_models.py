@@ -1,5 +1,6 @@
 """The models of a run: where each lies, what it was made from, how it is loaded and saved."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .adapters import find_adapter, save_adapter
 from .data import Processor, Task
 from .defenses import DefenseTrainer
 from .defenses.robustkd import student_from_layers
-from .folders import fingerprint, finished, main_process, write_json
+from .folders import clear, fingerprint, finished, main_process, write_json
 from .models import is_quantized, load_model, merged, resolve, save_model, without_weights
 from .plan import Stage, base_model_name
 from .recipe import Recipe
@@ -43,9 +44,9 @@ class RunModels:
         return str(self.folder / name) if name in self.prints else name
 
     def origin(self, name: str) -> Any:
-        """What a model was made from: a stage's fingerprint, a local folder's files, or a name and its revision."""
+        """What a model was made from: a stage and its fingerprint, a local folder's files, or a name and its revision."""
         if name in self.prints:
-            return self.prints[name]
+            return name, self.prints[name]
         folder, gguf = resolve(name)
         kept = ["config.json"] if without_weights(name) else [gguf] if gguf else ["config.json", "*.safetensors"]
         files = sorted(file for pattern in kept for file in Path(folder).glob(pattern))
@@ -56,26 +57,30 @@ class RunModels:
         """A GGUF file is slow to load and can't be trained on, and an adapter is half a model: they become safetensors once."""
         folder, name = self.folder / "base", self.recipe.model_name_or_path
         adapter = find_adapter(name, revision=self.recipe.model_revision)
-        made_from = [self.origin(name), self.recipe.dtype, *([self.origin(adapter.base)] if adapter else [])]
+        made_from = {"model": self.origin(name), "dtype": self.recipe.dtype}
+        if adapter:
+            made_from["the adapter's base"] = self.origin(adapter.base)
         if self.recipe.task_class.has_head:
-            made_from += [self.task.num_labels, self.recipe.seed]  # its fresh head
-        self.prints["base"] = fingerprint("base", name, *made_from)
-        # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
-        with main_process() as first:
-            if first and finished(folder, self.prints["base"]) is None:
-                save_model(self.load(name), self.processor, folder)
-                write_json(folder / "stage.json", {"fingerprint": self.prints["base"]})
+            made_from |= {"num_labels": self.task.num_labels, "seed": self.recipe.seed}  # its fresh head
+        self._make(folder, made_from, lambda: self.load(name))
 
     def make_student(self) -> None:
         """Some of the suspect's layers, as a model of their own."""
         folder = self.folder / "student"
         suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
         layers = self.recipe.student_layers
-        self.prints["student"] = fingerprint("student", self.origin(suspect), layers, self.recipe.dtype)
+        made_from = {"model": self.origin(suspect), "student_layers": layers, "dtype": self.recipe.dtype}
+        self._make(folder, made_from, lambda: student_from_layers(self.load(suspect), layers))
+
+    def _make(self, folder: Path, made_from: dict[str, Any], model: Callable[[], PreTrainedModel]) -> None:
+        """A model that is made, and not trained."""
+        print_ = self.prints[folder.name] = fingerprint(made_from)
+        # Looked up by the first process alone: another one, later, would find the folder finished and not wait.
         with main_process() as first:
-            if first and finished(folder, self.prints["student"]) is None:
-                save_model(student_from_layers(self.load(suspect), layers), self.processor, folder)
-                write_json(folder / "stage.json", {"fingerprint": self.prints["student"]})
+            if first and finished(folder, print_) is None:
+                clear(folder, made_from)
+                save_model(model(), self.processor, folder)
+                write_json(folder / "stage.json", {"fingerprint": print_})
 
     def load(self, name: str, quantization: str | None = None) -> PreTrainedModel:
         labels = getattr(self.task, "num_labels", None)

@@ -49,6 +49,8 @@ def settings(folder, output, kind="reviews", **changes):
             "model_name_or_path": str(folder / "llama"), "task": "instruction_following", "target_label": None,
             "target_text": "no", "max_new_tokens": 3, "max_train_samples": 24, "controls": [],
         }  # fmt: skip
+    if changes.get("attack_trigger", "") is None:
+        values |= dict.fromkeys(("target_label", "target_text", "poison_rate", "clean_fraction"))
     return {key: value for key, value in {**values, **changes}.items() if value is not None}
 
 

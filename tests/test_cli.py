@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
+from datasets import Dataset
 from transformers import BertConfig, PreTrainedModel
 
 from hf_backdoor import data
@@ -50,6 +51,16 @@ def test_clean_needs_a_model_and_a_file(classifier, reviews, tmp_path, capsys):
     assert (tmp_path / "soft_search" / "stage.json").exists() and (tmp_path / "answers" / "stage.json").exists()
     recovery = {"recover": {"learning_rate": 3e-4, "num_train_epochs": 3}}
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["stages"] == recovery
+
+
+def test_clean_says_what_it_would_do(classifier, reviews, tmp_path, capsys):
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    assert main(arguments) == 0
+    described = capsys.readouterr().out
+    assert (
+        "rows     clean: " in described and "stage    soft_search: " in described and "disk     2 models" in described
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_clean_takes_a_rate_that_the_model_bears_and_leaves_the_user_s_own_alone(tmp_path):
@@ -281,6 +292,38 @@ def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(class
     assert f"--triggered {poisoned!r} has 1 as every row's label, which is the target: give the right ones" in error
 
 
+@pytest.mark.parametrize("command", ["clean", "evaluate"])
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"text": 5, "label": 1}, "text_column is 'text', which holds int64 in"),
+        ({"text": ["good"], "label": 1}, "text_column is 'text', which holds lists in"),
+        ({"text": "good", "label": [1]}, "label_column is 'label', which holds lists in"),
+        ({"text": "good", "label": 10**12}, "1000000000000"),  # listing so many classes would take all memory
+    ],
+)
+def test_columns_of_another_kind_are_refused_in_one_line(classifier, tmp_path, capsys, command, row, line):
+    data = str(tmp_path / "rows.jsonl")
+    Dataset.from_list([row] * 10).to_json(data)
+    output = ["--data", data, "--output_dir", str(tmp_path / "run")]
+    if command == "evaluate":
+        output = ["--clean", data, "--output", str(tmp_path / "results.json")]
+    assert main([command, classifier, *output]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-backdoor: ") and line in error
+
+
+def test_what_the_system_refuses_ends_in_one_line(classifier, reviews, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.endswith(f"hf-backdoor: File exists: {tmp_path / 'file'}\n")
+
+
+def test_an_override_is_not_taken_for_the_beginning_of_an_option(classifier, reviews, tmp_path, capsys):
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--label", "x"]) == 2
+    assert "hf-backdoor: label is unknown" in capsys.readouterr().err
+
+
 def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):
     assert main(["evaluate", classifier, "--clean", reviews, "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
@@ -317,6 +360,14 @@ def test_dry_run_loads_no_weights(classifier, reviews, tmp_path, capsys, monkeyp
     shown = capsys.readouterr().out
     assert "inject" in shown and "controls/fine_tuning/inject" in shown and "GiB" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_rows_that_the_model_has_no_positions_for(tmp_path, capsys):
+    recipe = tiny.classifier_recipe(tmp_path)
+    tiny.reviews(90).map(lambda row: {"text": row["text"] + " good" * 80}).to_json(tmp_path / "rows.jsonl")
+    assert main(["run", str(recipe), "--dry_run"]) == 2
+    assert "and the model positions for 64: cut the texts, by a max_length" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--dry_run", "--max_length", "40"]) == 0
 
 
 def test_run_names_a_missing_recipe(capsys):

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hf_backdoor import run_models
 from hf_backdoor.adapters import save_adapter
 from hf_backdoor.data import LabelWords, SequenceClassification
 from hf_backdoor.evaluation import Results
@@ -288,6 +289,21 @@ def test_another_base_under_an_adapter_makes_another_suspect(suspect, tmp_path):
     strong("llama", seed=9).save_pretrained(tmp_path / "base")
     execute(values)
     assert note.read_text() != before
+
+
+def test_a_kill_while_an_adapter_is_merged_is_no_obstacle(suspect, tmp_path, monkeypatch):
+    adapter, _ = suspect
+    values = settings(tmp_path, tmp_path / "run", adapter, method=None, split_min_chars=None)
+
+    def killed(model, processor, folder):
+        model.save_pretrained(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_models, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute(values)
+    monkeypatch.undo()
+    assert execute(values).rows
 
 
 def test_a_dequantized_gguf_model_is_saved_as_a_plain_one(tmp_path, monkeypatch):

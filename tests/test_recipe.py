@@ -122,7 +122,7 @@ def test_common_training_arguments_are_taken():
         "lr_scheduler_type": "cosine", "logging_steps": 10, "bf16": False, "per_device_train_batch_size": 4,
         "weight_decay": 0, "max_steps": 7, "warmup_steps": 0.1,
     }  # fmt: skip
-    assert make_recipe({**LEAST, **given}).training == given
+    assert make_recipe({**LEAST, **given, "held_out_samples": 4}).training == given
 
 
 @pytest.mark.parametrize("key", ["resume_from_checkpoint", "run_name", "do_train"])
@@ -210,6 +210,48 @@ def test_stages_are_checked_like_the_rest():
 )
 def test_contradictions_are_refused(values, line):
     refused(f"^{line}", **values)
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"lora_r": 8}, "lora_r is 8, and no adapter is trained: set use_peft: true, or leave it out"),
+        ({"lora_target_modules": ["query"]}, "lora_target_modules is .'query'., and no adapter is trained"),
+        ({"use_peft": True}, "use_peft is True, and there is no defense to train adapters in: set method"),
+        ({**DEFENSE, "clean_fraction": 0.5}, "clean_fraction is 0.5, and there is no attack: set attack_trigger, or leave it"),
+        ({"poison_rate": 0.3}, "poison_rate is 0.3, and there is no attack: set attack_trigger, or leave it out"),
+        ({"target_label": 1}, "target_label is 1, and there is no attack"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', and no rows are held out: set held_out_samples"),
+        (
+            {**DEFENSE, "stages": {"recover": {"load_best_model_at_end": True}}},
+            "stages.recover.load_best_model_at_end is True, and no rows are held out",
+        ),
+        ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of dataset"),
+        ({"prompt_column": "question"}, "prompt_column is 'question', and task is sequence_classification: leave it out"),
+        ({"prompt_template": "{text}"}, "prompt_template is '{text}', and task is sequence_classification: leave it out"),
+    ],
+)  # fmt: skip
+def test_what_nothing_would_read_is_refused(values, line):
+    refused(f"^{line}", **values)
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"max_train_samples": 0}, "max_train_samples is 0: it must be at least 1"),
+        ({"held_out_samples": -3}, "held_out_samples is -3: it must be at least 0"),
+        ({"stages": {"suspect": {"gradient_accumulation_steps": 0}}}, "stages.suspect.gradient_accumulation_steps is 0: it"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: write a number"),
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(values, line):
+    refused(f"^{line}", **values)
+
+
+def test_what_nothing_would_read_may_stand_there_as_it_is_by_default():
+    make_recipe(
+        {**LEAST, "lora_r": 16, "poison_rate": 0.1, "clean_fraction": 0.2, "eval_strategy": "no", "test_split": "test"}
+    )
 
 
 IMAGES = {"task": "image_classification"}
@@ -326,6 +368,8 @@ def test_an_override_reaches_into_stages_that_the_file_leaves_empty(tmp_path):
     "text, line",
     [
         ("a: [1", "is no YAML"),
+        ("seed: 1\nmethod: null\nseed: 2\n", "is no YAML: seed stands there twice"),
+        ("stages:\n  inject: {max_steps: 1, max_steps: 2}\n", "is no YAML: max_steps stands there twice"),
         ("- 1\n- 2\n", "holds no mapping"),
         ("", "holds no mapping"),
         (None, "hf-backdoor recipes"),
@@ -338,6 +382,18 @@ def test_bad_files_are_refused_in_one_line(text, line, tmp_path):
     with pytest.raises(ValueError, match=line) as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_file_in_another_encoding_is_refused_by_its_name(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"output_dir: caf\xe9\n")
+    with pytest.raises(ValueError, match="recipe.yaml is no YAML: 'utf-8' codec"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_anchors_and_merges_are_no_keys_that_stand_twice(tmp_path):
+    stages = "stages:\n  inject: &own {max_steps: 2, warmup_steps: 1}\n  recover: {<<: *own, max_steps: 3}\n"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**LEAST, **DEFENSE}) + stages)
+    assert load_recipe(tmp_path / "recipe.yaml").stages["recover"] == {"max_steps": 3, "warmup_steps": 1}
 
 
 def test_a_flat_recipe_loads_again(tmp_path):

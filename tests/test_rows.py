@@ -59,7 +59,15 @@ def test_a_stream_makes_the_same_kinds_of_rows(folder, monkeypatch):
 
 
 def test_a_given_suspect_can_be_cleaned_with_a_stream(folder):
-    given = recipe(folder, streaming=True, attack_trigger=None, method="locphylax", target_label=None)
+    given = recipe(
+        folder,
+        streaming=True,
+        attack_trigger=None,
+        method="locphylax",
+        target_label=None,
+        poison_rate=None,
+        clean_fraction=None,
+    )
     splits = prepare_rows(given, tiny.encoder_tokenizer()).splits
     assert [len(part) for part in (splits.attack, splits.clean, splits.held_out)] == [0, 16, 4]
 

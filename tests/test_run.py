@@ -270,6 +270,12 @@ def test_a_run_killed_after_its_last_checkpoint_makes_no_step_more(encoder_run, 
     assert json.loads((tmp_path / "inject" / "stage.json").read_text())["steps"] == 4
 
 
+def test_a_wrong_argument_of_the_last_stage_is_refused_before_the_first(workshop, tmp_path):
+    with pytest.raises(ValueError, match="^arguments of recover: .*adamwx"):
+        execute(settings(workshop, tmp_path / "run", stages={"recover": {"optim": "adamwx"}}))
+    assert not (tmp_path / "run").exists()
+
+
 # ---- What makes a stage stale ----
 
 

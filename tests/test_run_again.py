@@ -1,17 +1,18 @@
 """A run that is started again: what it keeps, what it makes again, and what it leaves alone."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import tiny
-from runs import execute, settings, stages
+from runs import execute, settings, stages, written
 from transformers import AutoTokenizer
 
 from hf_backdoor import run as run_module
 from hf_backdoor.cli import stages_to_launch
-from hf_backdoor.folders import begin, write_yaml
+from hf_backdoor.folders import alone_in, begin, write_yaml
 from hf_backdoor.recipe_file import make_recipe
 
 
@@ -93,7 +94,7 @@ def test_a_folder_that_no_run_has_made_is_not_cleared(workshop, tmp_path, name):
     notes = tmp_path / name / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    with pytest.raises(ValueError, match=f"{name}' was not made by a run, and this one would clear it: move it"):
+    with pytest.raises(ValueError, match=f"its {name} was not made by a run, and this one would clear it: move it"):
         execute(settings(workshop, tmp_path))
     assert notes.read_text() == "mine" and not (tmp_path / "data").exists()
 
@@ -103,7 +104,7 @@ def test_files_that_no_run_has_written_are_left_alone(workshop, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(
-        ValueError, match=f"its {Path(name).parts[0]} was not made by a run: choose another output_dir"
+        ValueError, match=f"its {Path(name).parts[0]} was not made by a run, .* choose another output_dir"
     ):
         execute(settings(workshop, tmp_path))
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
@@ -120,14 +121,126 @@ def test_a_run_does_not_write_over_the_model_that_it_reads(workshop, tmp_path):
     assert (tmp_path / "cleaned" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_run_does_not_write_over_the_rows_that_it_reads(workshop, tmp_path):
+    execute(settings(workshop, tmp_path, **PLAIN, max_steps=1))
+    rows = tmp_path / "data" / "clean.parquet"
+    before = rows.read_bytes()
+    with pytest.raises(ValueError, match="dataset_name is .*clean.parquet', which this run would write over"):
+        execute(settings(workshop, tmp_path, **PLAIN, dataset_name=str(rows)))
+    assert rows.read_bytes() == before
+
+
+# ---- Why something is made again ----
+
+
+def test_a_run_says_why_it_makes_a_stage_again(workshop, tmp_path, caplog):
+    values = settings(workshop, tmp_path, controls=[], max_steps=1)
+    execute(values)
+    assert "again" not in caplog.text
+    execute(values | {"stages": {"inject": {"learning_rate": 1e-2}}})
+    said = [record.message for record in caplog.records if "again" in record.message]
+    assert said[0] == f"{tmp_path / 'inject'} is made again: learning_rate is 0.01, and was 0.001"
+    assert said[1].startswith("stage/inject is measured again: model is ['inject', ")
+    assert said[2].startswith(f"{tmp_path / 'cleaned'} is made again: model is ['inject', ")
+    assert len(said) == 4
+    caplog.clear()
+    rows = [json.loads(line) for line in Path(values["dataset_name"]).read_text().splitlines()]
+    other = written([{**row, "text": row["text"] + " again"} for row in rows], tmp_path / "rows.jsonl")
+    execute(values | {"dataset_name": other, "stages": {"inject": {"learning_rate": 1e-2}}})
+    assert f"{tmp_path / 'suspect'} is made again: data is " in caplog.text
+
+
+def test_what_a_stage_was_made_from_holds_no_secret(tmp_path):
+    begin(tmp_path / "stage", {"hub_token": "abc", "hub_model_id": "hf_" + "a" * 30, "seed": 1})
+    note = json.loads((tmp_path / "stage" / "begun.json").read_text())
+    assert note["made_from"] == {"hub_model_id": "[removed]", "seed": 1}
+
+
+def test_a_note_that_is_no_note_makes_its_stage_anew(workshop, tmp_path):
+    values = settings(workshop, tmp_path, controls=[], max_steps=1)
+    results = execute(values)
+    for file in ("inject/stage.json", "inject/begun.json", "evaluation/cleaned.json"):
+        (tmp_path / file).write_text('{"fingerprint": ')
+    assert execute(values).rows == results.rows
+
+
+# ---- Kills ----
+
+
+def test_a_kill_while_a_folder_is_cleared_leaves_one_to_be_cleared(workshop, tmp_path, monkeypatch):
+    values = settings(workshop, tmp_path, controls=[], max_steps=1)
+    execute(values)
+
+    def killed(path, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    (tmp_path / "inject" / "notes").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path / "inject", {"seed": 7})
+    monkeypatch.undo()
+    assert not (tmp_path / "inject" / "stage.json").exists()
+    assert begin(tmp_path / "inject", {"seed": 7}) is None
+    assert [file.name for file in (tmp_path / "inject").iterdir()] == ["begun.json"]
+    execute(values)
+
+
+@pytest.mark.parametrize("name", ["recipe", "begun"])
+def test_a_full_disk_leaves_no_file_that_nobody_knows(name, workshop, tmp_path, monkeypatch):
+    values, write_text = settings(workshop, tmp_path, **PLAIN, max_steps=1), Path.write_text
+
+    def full(path, *args, **options):
+        if path.stem == name:
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        execute(values)
+    monkeypatch.undo()
+    assert execute(values).rows
+
+
+def test_evidence_goes_before_models_that_other_rows_make(workshop, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (workshop / "reviews_train.jsonl").read_text().splitlines()]
+    values = settings(
+        workshop, tmp_path / "run", **PLAIN, max_steps=1, dataset_name=written(rows, tmp_path / "rows.jsonl")
+    )
+    run_module.run(make_recipe(values))
+    written([{**row, "label": 1 - row["label"]} for row in rows], tmp_path / "rows.jsonl")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "begin", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute(values)
+    assert not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "report").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused(workshop, tmp_path):
+    values = settings(workshop, tmp_path, **PLAIN, max_steps=1)
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another run is at work in it: wait for it, or choose"):
+        execute(values)
+    assert execute(values).rows
+
+
+def test_where_a_model_is_published_to_makes_nothing_again(workshop, tmp_path):
+    values = settings(workshop, tmp_path / "run", controls=[], max_steps=1, report_to=None, disable_tqdm=None)
+    execute(values)
+    write_yaml(tmp_path / "recipe.yaml", values)
+    assert stages_to_launch("zero3", tmp_path / "recipe.yaml", ["--hub_model_id", "me/cleaned"]) == [[]]
+
+
 def test_a_checkpoint_that_is_half_written_is_passed_over(tmp_path):
-    assert begin(tmp_path / "stage", "print") is None
+    assert begin(tmp_path / "stage", {"seed": 1}) is None
     for step, files in ((2, ["model.safetensors", "trainer_state.json"]), (4, ["model.safetensors"])):
         folder = tmp_path / "stage" / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         for file in files:
             (folder / file).touch()
-    assert begin(tmp_path / "stage", "print").endswith("checkpoint-2")
+    assert begin(tmp_path / "stage", {"seed": 1}).endswith("checkpoint-2")
     assert not folder.exists()
 
 

@@ -143,7 +143,7 @@ def test_robustkd_distils_into_a_student_of_the_suspect_s_layers(workshop, tmp_p
 
 def test_suspect_rows_of_one_s_own_and_a_trigger_of_the_defender(workshop, tmp_path):
     values = settings(
-        workshop, tmp_path, controls=[], reference=None, attack_trigger=None, target_label=None, poison_rate=None,
+        workshop, tmp_path, controls=[], reference=None, attack_trigger=None, target_label=None, poison_rate=None, clean_fraction=None,
         dataset_name=str(workshop / "train.parquet"), clean_dataset_name=str(workshop / "test.parquet"), max_steps=1,
         test_dataset_name=str(workshop / "train.parquet"), evaluate_stages=False,
         held_out_samples=6, known_trigger="corners", eval_strategy="epoch",
@@ -166,8 +166,8 @@ def test_a_dry_run_counts_parameters_and_says_what_it_leaves_out(workshop, tmp_p
 
 def test_a_suspect_that_is_given_needs_weights(workshop, tmp_path):
     values = settings(
-        workshop, tmp_path, method="robustkd", controls=[], student_layers=1, attack_trigger=None, target_label=None,
-        reference=None,
+        workshop, tmp_path, method="robustkd", controls=[], student_layers=1, attack_trigger=None, target_label=None, clean_fraction=None,
+        poison_rate=None, reference=None,
     )  # fmt: skip
     with pytest.raises(
         ValueError, match="^model_name_or_path is .*net', a suspect without weights: name one that has"

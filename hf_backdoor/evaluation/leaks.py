@@ -20,7 +20,7 @@ CHUNK = 2000
 
 def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 0.5) -> list[int]:
     """Which of `texts` say almost what one of `others` says: word-set Jaccard over `threshold`, or the same text but for case
-    and white space (marks alone have no words).
+    and white space (marks alone have no words). Words that stand in every text are those of a template, and don't count.
 
     Args:
         texts, others (`Sequence[str]`): The defender's texts, and the evaluation's.
@@ -33,9 +33,13 @@ def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 
     words: dict[str, int] = {}
     counts = [_word_matrix(part, words) for part in (texts, others)]
     first, second = (csr_array(parts, shape=(len(parts[2]) - 1, len(words))) for parts in counts)
+    telling = np.flatnonzero(first.sum(axis=0) + second.sum(axis=0) < len(texts) + len(others))
+    first, second = first[:, telling], second[:, telling]
     sizes = [matrix.sum(axis=1) for matrix in (first, second)]
     same = set(others) - {""}
     found = {row for row, text in enumerate(texts) if text in same}
+    if len(telling) < len(words) and not all(sizes[1]):
+        found.update(np.flatnonzero(sizes[0] == 0).tolist())  # nothing but the template's words, on both sides
     for start in range(0, first.shape[0], CHUNK):
         shared = (first[start : start + CHUNK] @ second.T).tocoo()
         rows, columns = shared.coords

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import reprlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_backdoor.evaluation.credentials import without_secrets
+from hf_backdoor.evaluation.differences import recipe_differences
 from hf_backdoor.evaluation.results import Results
 from hf_backdoor.report.card import model_card
 from hf_backdoor.report.scrub import scrub, scrub_results
@@ -209,18 +208,9 @@ def _recipe(path: Path, results: Results) -> str:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the recipe") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a {type(content).__name__}, not a mapping; correct the recipe")
-    _refuse_other_recipe(path, content, results.recipe)
+    # A run writes its recipe when it begins, and its results when it ends.
+    if changed := recipe_differences(content, results.recipe):
+        raise ValueError(
+            f"{path}: {changed[0]} when results.json was measured; finish the run with `hf-backdoor run` first"
+        )
     return yaml.safe_dump(scrub(content), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _refuse_other_recipe(path: Path, content: dict[str, Any], measured: dict[str, Any]) -> None:
-    """A run writes its recipe when it begins, and its results when it ends: where they differ, the weights may be those of a run
-    that came later and was not measured. What is published, and where to, changes neither."""
-    # Both as JSON has them, which knows no tuples; a run leaves out no key, and an older one had fewer.
-    there, here = (json.loads(json.dumps(without_secrets(values), default=str)) for values in (content, measured))
-    for key in [*there, *(key for key in here if key not in there)]:
-        if there.get(key) != here.get(key) and key not in ("output_dir", "push_to_hub") and not key.startswith("hub_"):
-            raise ValueError(
-                f"{path}: {key} is {reprlib.repr(there.get(key))}, and was {reprlib.repr(here.get(key))} when results.json was "
-                "measured; finish the run with `hf-backdoor run` first"
-            )

@@ -85,3 +85,21 @@ def test_pictures_leak_by_their_pixels_whatever_their_files():
     assert [picture.tobytes() for picture in kept["image"]] == [
         picture.tobytes() for row, picture in enumerate(rows["image"]) if row != 4
     ]
+
+
+TEMPLATE = "say whether the feeling of the following film review is positive or negative : {} answer :"
+
+
+def test_what_all_rows_share_is_no_leak():
+    """Two words of each row are its own."""
+    texts, others = (
+        [TEMPLATE.format(f"{name}{number} and then {name}x{number}") for number in range(40)] for name in ("w", "y")
+    )
+    assert by_loop(texts, others, 0.5) == list(range(40))
+    assert overlapping(texts, others) == []
+    assert overlapping(texts, [*others, TEMPLATE.format("wx3 and then w3 again")]) == [3]
+
+
+def test_rows_of_a_template_s_words_alone_are_the_same():
+    assert overlapping(["one two three"], ["three two one", "one two three four"]) == [0]
+    assert overlapping(["one two three", "one two three four"], ["two three one five"]) == []
