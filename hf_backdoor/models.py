@@ -76,14 +76,33 @@ def without_weights(name_or_path: str) -> bool:
 
 
 @contextlib.contextmanager
+def own_code_refused(name_or_path: str) -> Iterator[None]:
+    """Says in one line which model would run code of its own: transformers' error tells how to let it.
+
+    Raises:
+        `ValueError`: in its place.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model {name_or_path!r} comes with code of its own (auto_map in its files), which is never run: use one whose "
+            "architecture transformers has"
+        ) from None
+
+
+@contextlib.contextmanager
 def named_if_missing(name_or_path: str) -> Iterator[None]:
     """Says in one line which model can't be found, or read.
 
     Raises:
-        `ValueError`: in place of transformers' `OSError` and of safetensors' own error.
+        `ValueError`: in place of transformers' errors and of safetensors' own.
     """
     try:
-        yield
+        with own_code_refused(name_or_path):
+            yield
     except OSError as error:
         reason, fix = str(error).strip().partition("\n")[0].rstrip("."), "give a folder or a name on the Hub"
         if name_or_path.startswith(("/", ".")) and not Path(name_or_path).exists():
@@ -112,7 +131,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrained
         name_or_path, revision = adapter.base, adapter.base_revision
     folder, gguf = resolve(name_or_path)
     with named_if_missing(name_or_path):
-        return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision)
+        return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision, trust_remote_code=False)
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -127,8 +146,13 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     folder, gguf = resolve(name_or_path)
     with named_if_missing(name_or_path):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, revision=revision)
-        except ValueError as error:  # a configuration alone, of a kind of which none can be made up
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, gguf_file=gguf, revision=revision, trust_remote_code=False
+            )
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise
+            # A configuration alone, of a kind of which none can be made up.
             raise ValueError(
                 f"model {name_or_path!r} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): {TOKENIZER}"
             ) from None
@@ -171,7 +195,7 @@ def load_image_processor(name_or_path: str, *, revision: str | None = None) -> B
         size = {"size": {"height": size, "width": size}} if isinstance(size, int) else {"do_resize": False}
         return ViTImageProcessor(**size)
     with named_if_missing(name_or_path):
-        return AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+        return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
 
 
 def load_model(
@@ -219,6 +243,7 @@ def load_model(
         with named_if_missing(name_or_path):
             return adapter.merged_into(base)
     options = {"revision": revision, "dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    options["trust_remote_code"] = False  # where nothing is said, transformers asks on the terminal
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     if quantization is not None:
         keep = HEADS if task_class is SequenceClassification else None
@@ -228,9 +253,10 @@ def load_model(
     head = {} if num_labels is None or not task_class.has_head else {"num_labels": num_labels}
     if from_scratch and without_weights(name_or_path):
         logger.warning_once(f"{name_or_path} has a configuration and no weights: they are drawn by seed {seed}")
-        config = AutoConfig.from_pretrained(folder, **head)
+        with named_if_missing(name_or_path):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
         model = task_class.auto_model.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, trust_remote_code=False
         )
     elif task_class.has_head:
         try:
@@ -274,7 +300,8 @@ def load_base(adapter: Adapter, task_class: type[Task], **options: Any) -> PreTr
         )
     folder, gguf = resolve(adapter.base)
     try:
-        AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=adapter.base_revision)
+        with own_code_refused(adapter.base):
+            AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=adapter.base_revision, trust_remote_code=False)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -224,6 +224,20 @@ def test_weights_that_are_not_read_are_named_in_one_line(spoil, line, classifier
     assert "\n" not in str(caught.value)
 
 
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(classifier, tmp_path, monkeypatch):
+    (classifier / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass\n")
+    kinds = ("AutoConfig", "AutoModelForSequenceClassification", "AutoTokenizer")
+    own = {"model_type": "evil", "tokenizer_class": "Evil", "auto_map": dict.fromkeys(kinds, "evil.Evil")}
+    for name in ("config.json", "tokenizer_config.json"):
+        (classifier / name).write_text(json.dumps(json.loads((classifier / name).read_text()) | own))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (load_config, lambda name: load_model(name, SequenceClassification), load_tokenizer):
+        with pytest.raises(ValueError, match="comes with code of its own .*, which is never run: use one") as caught:
+            load(str(classifier))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 # ---- Runs ----
 
 
