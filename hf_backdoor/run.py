@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import LoraConfig
 
@@ -366,6 +367,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     refuse_lost_processes()
+    # Without it each of several processes on CPUs takes itself for the first one, until the first trainer is made.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, and {state.num_processes} found each other"
+        )
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
     until = None

@@ -37,6 +37,8 @@ def test_two_processes_give_what_one_gives(recipe, tmp_path):
     first, second = (Results.load(tmp_path / name / "results.json").rows for name in ("one", "two"))
     assert first == second
     assert two.stdout.count("cleaned model") == 1
+    # Before a trainer is made too there is one first process, which writes.
+    assert two.stderr.count("Creating parquet from Arrow format: 100%") == len(list((tmp_path / "two/data").iterdir()))
 
 
 @pytest.mark.parametrize("name", ["cpu"])
