@@ -9,6 +9,7 @@ inputs have not changed is not run again, so a run that was killed goes on where
 """
 
 import dataclasses
+import errno
 import gc
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import LoraConfig
+from safetensors import SafetensorError
 
 from .contradictions import check_machine
 from .data import Processor, row_lengths
@@ -56,6 +58,8 @@ from .run_models import RunModels
 
 # What `hf-backdoor run --accelerate_config` adds, to launch a run stage by stage: the folder of the stage to stop after.
 UNTIL = "--until_stage"
+# Bytes that are left on a disk when a file of weights does not fit any more: less than its last page.
+ALMOST_FULL = 2**20
 
 
 @dataclass
@@ -336,10 +340,15 @@ def refuse_lost_processes() -> None:
 
 def run(recipe: Recipe, until: str | None = None) -> Results | None:
     """Runs a recipe to its end: trained, measured, reported and, if it says so, published; or to the end of one stage."""
-    results = Run(recipe).execute(until)
+    folder = Path(recipe.output_dir)
+    try:
+        results = Run(recipe).execute(until)
+    except (RuntimeError, SafetensorError):  # torch's says nothing of a disk
+        if folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
+        raise
     if results is None:
         return None
-    folder = Path(recipe.output_dir)
     with main_process() as first:
         if first:
             write_report(folder)
