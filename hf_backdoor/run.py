@@ -1,8 +1,8 @@
 """A whole run: `accelerate launch -m hf_backdoor.run recipe.yaml [--key value ...]`.
 
 Data, attack (or a given suspect), the defense's stages, its controls, evaluation, report and publishing, in this
-order. Each stage writes one folder and, last, a `stage.json` with the hash of what it was made from; a stage whose
-inputs have not changed is not run again, so a run that was killed goes on where it stopped.
+order. Each stage writes one folder with, first, a `begun.json` that says what it is made from and, last, a `stage.json`; a
+stage whose inputs have not changed is not run again, so a run that was killed goes on where it stopped.
 
     runs/NAME/
       recipe.yaml  data/  base/  reference/  suspect/  inject/  cleaned/  controls/CONTROL/STAGE/  results.json  report/
