@@ -1,7 +1,6 @@
 """Folders that know what they were made from: how a killed run finds what is done, and what it must do again."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from .defenses.checkpoints import last_checkpoint
@@ -131,20 +131,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         `ValueError`: if another run has it.
     """
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        if PartialState().is_main_process:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"output_dir is {str(folder)!r}, and another run is at work in it: wait for it, or choose another output_dir"
-                ) from None
-            except OSError:  # a file system that keeps no locks
-                pass
+        alone = FileLock(folder / ".lock", blocking=False).acquire() if PartialState().is_main_process else None
+    except Timeout:
+        raise ValueError(
+            f"output_dir is {str(folder)!r}, and another run is at work in it: wait for it, or choose another output_dir"
+        ) from None
+    with alone or contextlib.nullcontext():
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

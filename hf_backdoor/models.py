@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -115,6 +116,10 @@ def named_if_missing(name_or_path: str) -> Iterator[None]:
                 "save_pretrained() it"
             )
         raise ValueError(f"model {name_or_path!r} can't be loaded ({reason}): {fix}") from None
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"model {name_or_path!r} has a config.json that can't be read ({' '.join(str(error).split())}): copy or download it again"
+        ) from None
     except SafetensorError as error:
         raise ValueError(
             f"model {name_or_path!r} has weights that are damaged ({error}): copy or download them again"
@@ -149,10 +154,11 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, gguf_file=gguf, revision=revision, trust_remote_code=False
             )
-        except ValueError as error:
+        except OSError:
+            raise
+        except Exception as error:  # damaged files, or a configuration alone, of a kind of which none can be made up
             if "trust_remote_code" in str(error):
                 raise
-            # A configuration alone, of a kind of which none can be made up.
             raise ValueError(
                 f"model {name_or_path!r} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): {TOKENIZER}"
             ) from None
@@ -265,6 +271,10 @@ def load_model(
         except RuntimeError as error:
             if "mismatched" not in str(error):
                 raise
+            if num_labels is None:
+                raise ValueError(
+                    f"model {name_or_path!r} has weights of other sizes than its config.json says: copy or download both again"
+                ) from None
             raise ValueError(
                 f"model_name_or_path is {name_or_path!r}, which has a head of another size: num_labels is {num_labels} in the "
                 "data; choose rows with its labels, or a model without a classification head"

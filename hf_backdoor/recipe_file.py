@@ -91,6 +91,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """Checks the keys and types of a flat mapping, and makes a [`Recipe`] of it."""
+    values = {
+        key: os.path.expanduser(value) if key in ("output_dir", *BESIDE) and isinstance(value, str) else value
+        for key, value in values.items()  # "~" is no folder, but a shell's name of one
+    }
     own = typing.get_type_hints(Recipe)
     own.pop("training")
     method = values.get("method")

@@ -1,14 +1,15 @@
 """A whole run: `accelerate launch -m hf_backdoor.run recipe.yaml [--key value ...]`.
 
 Data, attack (or a given suspect), the defense's stages, its controls, evaluation, report and publishing, in this
-order. Each stage writes one folder and, last, a `stage.json` with the hash of what it was made from; a stage whose
-inputs have not changed is not run again, so a run that was killed goes on where it stopped.
+order. Each stage writes one folder with, first, a `begun.json` that says what it is made from and, last, a `stage.json`; a
+stage whose inputs have not changed is not run again, so a run that was killed goes on where it stopped.
 
     runs/NAME/
       recipe.yaml  data/  base/  reference/  suspect/  inject/  cleaned/  controls/CONTROL/STAGE/  results.json  report/
 """
 
 import dataclasses
+import errno
 import gc
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from safetensors import SafetensorError
 
 from .contradictions import check_machine
 from .data import Processor, row_lengths
@@ -57,6 +59,8 @@ from .run_models import RunModels
 
 # What `hf-backdoor run --accelerate_config` adds, to launch a run stage by stage: the folder of the stage to stop after.
 UNTIL = "--until_stage"
+# Bytes that are left on a disk when a file of weights does not fit any more: less than its last page.
+ALMOST_FULL = 2**20
 
 
 @dataclass
@@ -337,10 +341,15 @@ def refuse_lost_processes() -> None:
 
 def run(recipe: Recipe, until: str | None = None) -> Results | None:
     """Runs a recipe to its end: trained, measured, reported and, if it says so, published; or to the end of one stage."""
-    results = Run(recipe).execute(until)
+    folder = Path(recipe.output_dir)
+    try:
+        results = Run(recipe).execute(until)
+    except (RuntimeError, SafetensorError):  # torch's says nothing of a disk
+        if folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
+        raise
     if results is None:
         return None
-    folder = Path(recipe.output_dir)
     with main_process() as first:
         if first:
             write_report(folder)

@@ -305,6 +305,26 @@ def test_another_base_under_an_adapter_makes_another_suspect(suspect, tmp_path):
     assert note.read_text() != before
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("config.json", {"num_hidden_layers": "x"}, "has a config.json that can't be read (.*num_hidden_layers"),
+        ("config.json", {"vocab_size": 3}, "has weights of other sizes than its config.json says"),
+        ("tokenizer.json", None, "has no tokenizer that can be read"),
+        ("tokenizer_config.json", None, "has no tokenizer that can be read"),
+    ],
+)
+def test_damaged_files_of_a_model_are_named(file, content, line, tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path)
+    tiny.encoder_tokenizer().save_pretrained(tmp_path)
+    before = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps([] if content is None else before | content))
+    with pytest.raises(ValueError, match=line.replace("(", r"\(")) as caught:
+        load_model(str(tmp_path), SequenceClassification)
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_kill_while_an_adapter_is_merged_is_no_obstacle(suspect, tmp_path, monkeypatch):
     adapter, _ = suspect
     values = settings(tmp_path, tmp_path / "run", adapter, method=None, split_min_chars=None)

@@ -417,6 +417,16 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
     assert load_recipe(file, ["--dataset_name", "org/name"]).dataset_name == "org/name"
 
 
+def test_a_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = make_recipe({**LEAST, "output_dir": "~/runs/x", "dataset_name": "~/rows.csv", "hub_model_id": "~/x"})
+    assert (recipe.output_dir, recipe.dataset_name, recipe.hub_model_id) == (
+        "/home/me/runs/x",
+        "/home/me/rows.csv",
+        "~/x",
+    )
+
+
 def test_embedding_poisoning_needs_a_clean_model():
     refused("^attack is 'ep', .* reference is None: set reference: train", **ATTACK, attack="ep")
     assert make_recipe({**LEAST, **ATTACK, "attack": "ep", "reference": "train"}).attack == "ep"

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -200,6 +201,19 @@ def test_a_full_disk_leaves_no_file_that_nobody_knows(name, workshop, tmp_path, 
         execute(values)
     monkeypatch.undo()
     assert execute(values).rows
+
+
+def test_a_disk_that_is_full_is_named_where_torch_says_nothing_of_it(workshop, tmp_path, monkeypatch):
+    def full(self, *args):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    recipe = make_recipe(settings(workshop, tmp_path, **PLAIN, max_steps=1))
+    monkeypatch.setattr(run_module.DefenseTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(RuntimeError):
+        run_module.run(recipe)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        run_module.run(recipe)
 
 
 def test_evidence_goes_before_models_that_other_rows_make(workshop, tmp_path, monkeypatch):

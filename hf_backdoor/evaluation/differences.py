@@ -16,10 +16,14 @@ def differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     now, before = (as_json(values) for values in (now, before))
     keys = [*now, *(key for key in before if key not in now)]
     return [
-        f"{key} is {reprlib.repr(now.get(key))}, and was {reprlib.repr(before.get(key))}"
+        f"{key} is {shown(now.get(key))}, and was {shown(before.get(key))}"
         for key in keys
         if now.get(key) != before.get(key)
     ]
+
+
+def shown(value: Any) -> str:
+    return "not set" if value is None else reprlib.repr(value)
 
 
 def recipe_differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]:

@@ -78,7 +78,7 @@ class Row:
         _check(_is_model(self.model), where, "model", self.model, f"one of {_MODELS}")
         _check(_is_name(self.metric), where, "metric", self.metric, "a printable name")
         _check(self.trigger is None or isinstance(self.trigger, str), where, "trigger", self.trigger, "text or null")
-        _check(_is_int(self.n) and self.n > 0, where, "n", self.n, "a count of at least 1")
+        _check(_is_int(self.n) and 0 < self.n < 2**53, where, "n", self.n, "a count of at least 1")
         _check(_is_int(self.seed), where, "seed", self.seed, "an integer")
         _check(_is_number(self.value), where, "value", self.value, "a finite number")
         _check((self.low is None) == (self.high is None), where, "high", self.high, "null exactly when low is")

@@ -142,6 +142,7 @@ DAMAGES = [
     (lambda d: d["rows"][0].update(trigger=3), "trigger is 3"),
     (lambda d: d["rows"][0].update(k=42.0), "k is 42.0"),
     (lambda d: d["rows"][0].update(n=0), "n is 0"),
+    (lambda d: d["rows"][0].update(n=10**30), "n is 1000"),
     (lambda d: d["rows"][0].update(value="12%"), "value is '12%'"),
     (lambda d: d["rows"][0].update(seed=None), "seed is None"),
     (lambda d: d.update(recipe=[]), "recipe is []"),

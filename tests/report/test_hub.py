@@ -164,7 +164,7 @@ def test_weights_of_another_recipe_than_the_measured_one_are_refused(tmp_path):
     assert "recipe.yaml: stages is {'inject': {'words': ['a']}}, and was" in refusal(
         stages={"inject": {"words": ["a"]}}
     )
-    assert "recipe.yaml: poison_rate is 0.5, and was None" in refusal(poison_rate=0.5)
+    assert "recipe.yaml: poison_rate is 0.5, and was not set when" in refusal(poison_rate=0.5)
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "pytorch_model.bin"], ["model.safetensors"]])
