@@ -77,9 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--split", help=f"split of a folder or Hub data set (default: the first that is there of {', '.join(SPLITS)})"
     )
-    what = evaluate.add_mutually_exclusive_group()
-    what.add_argument("--triggered", help="rows with the trigger in, and right answers")
-    what.add_argument("--trigger", help="trigger text to put into the clean rows; for images patch, corners or warp")
+    evaluate.add_argument("--triggered", help="rows with the trigger in, and right answers")
+    evaluate.add_argument(
+        "--trigger",
+        help="trigger text to put into the clean rows, or that every row of --triggered has; for images patch, corners or warp",
+    )
     evaluate.add_argument(
         "--position",
         default="random",
@@ -250,7 +252,7 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
 
     from .data import load_rows
     from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
-    from .evaluation.evaluate import is_target, refuse_other_target
+    from .evaluation.evaluate import is_target, refuse_other_target, refuse_without_trigger
     from .found import find_columns, find_task, renamed
     from .models import load_model, load_processor, versions
     from .recipe import TASKS
@@ -290,10 +292,10 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
 
     clean = cut(clean)
     sources = {"test": describe(options.clean, clean)}
+    trigger = None
     if options.trigger is not None:
-        position = [] if name == "image_classification" else [options.position]
-        test = TestSet.stamped(clean, task, [task.trigger(options.trigger, *position)], target, options.seed)
-    elif options.triggered is not None:
+        trigger = task.trigger(options.trigger, *([] if name == "image_classification" else [options.position]))
+    if options.triggered is not None:
         triggered = load_rows(options.triggered, split=options.split or SPLITS)
         columns = find_columns(name, triggered.column_names, vars(options))
         triggered = cut(renamed(triggered, columns, options.triggered))
@@ -303,8 +305,11 @@ def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
                 f"--triggered {options.triggered!r} has {target!r} as every row's {task.answer_column}, which is the target: give "
                 "the right ones, which the rows would have without the trigger"
             )
-        test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
         sources["test with trigger"] = describe(options.triggered, triggered)
+        refuse_without_trigger(triggered, clean, task, trigger, options.triggered)
+        test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
+    elif trigger is not None:
+        test = TestSet.stamped(clean, task, [trigger], target, options.seed)
     else:
         test = TestSet(clean)
     rows, examples = evaluate_backdoor(

@@ -124,6 +124,13 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.reference == "train" and recipe.attack_trigger is None:
         raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
     _refuse_unread(recipe)
+    for where, values in _given(recipe).items():
+        known = values.get("known_triggers", [] if where else _usual(recipe).get("known_triggers", []))
+        if recipe.attack_trigger is not None and recipe.attack_trigger.lower() in (text.lower() for text in known):
+            # The defender would be told what the evaluation is to find out.
+            raise ValueError(
+                f"{where}known_triggers is {known}, and attack_trigger {recipe.attack_trigger!r} is one of them: set others"
+            )
     _ = recipe.poisoning
 
 
@@ -214,13 +221,17 @@ def _given(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {"": {**vars(recipe), **recipe.training}, **stages}
 
 
-def _refuse_set(recipe: Recipe, keys: Iterable[str], why: str | None = None, fix: str = "leave it out") -> None:
-    """Refuses keys that mean nothing (by default to the task), where they are set to something."""
-    why = why or f"task is {recipe.task}"
-    usual = {
+def _usual(recipe: Recipe) -> dict[str, Any]:
+    """What holds where a recipe says nothing."""
+    return {
         f.name: f.default if f.default_factory is MISSING else f.default_factory()
         for f in (*fields(Recipe), *fields(recipe.config_class))
     }
+
+
+def _refuse_set(recipe: Recipe, keys: Iterable[str], why: str | None = None, fix: str = "leave it out") -> None:
+    """Refuses keys that mean nothing (by default to the task), where they are set to something."""
+    why, usual = why or f"task is {recipe.task}", _usual(recipe)
     for where, values in _given(recipe).items():
         for key in keys:
             if key in usual and values.get(key, usual[key]) != usual[key]:

@@ -206,7 +206,10 @@ def test_evaluate_measures_on_the_test_split_or_the_one_it_is_told(classifier, t
         tiny.reviews(2 * number).to_parquet(rows / f"{split}.parquet")
         assert measured_on() == (split, 2 * number)
     assert measured_on("--split", "train") == ("train", 6)
-    both = ["--triggered", str(rows), "--target_label", "1", "--split", "validation"]
+    stamped = tmp_path / "stamped"
+    stamped.mkdir()
+    tiny.reviews(8).map(lambda row: {"text": "zq " + row["text"]}).to_parquet(stamped / "validation.parquet")
+    both = ["--triggered", str(stamped), "--target_label", "1", "--split", "validation"]
     assert measured_on(*both) == ("validation", 8)
     assert {row.metric: row.n for row in Results.load(output).rows}["asr"] == 4
     assert main([*command, "--split", "dev"]) == 2
@@ -278,6 +281,21 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert main(["evaluate", classifier, "--clean", reviews, *arguments, *output]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_evaluate_refuses_triggered_rows_without_the_trigger(known, classifier, reviews, tmp_path, capsys):
+    stamped = tiny.reviews(12, seed=1).map(lambda row: {"text": "zq " + row["text"]})
+    rows = [*stamped, *tiny.reviews(60).select(range(3))]
+    triggered = str(tmp_path / "triggered.jsonl")
+    Dataset.from_list(rows).to_json(triggered)
+    trigger = ["--trigger", "zq"] if known else []
+    files = ["--clean", reviews, "--triggered", triggered, "--output", str(tmp_path / "results.json")]
+    assert main(["evaluate", classifier, *files, *trigger, "--target_label", "1"]) == 2
+    error = capsys.readouterr().err
+    what = "without trigger 'zq'" if known else "that are clean ones as they are"
+    assert f"--triggered {triggered!r} has 3 of 15 rows {what}: leave them out, or put it in" in error
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(classifier, reviews, tmp_path, capsys):

@@ -281,6 +281,10 @@ IMAGE_ATTACK = {**IMAGES, "attack_trigger": "patch", "target_label": 0}
         ({**IMAGE_ATTACK, "target_label": None, "target_text": "no"}, "target_text is 'no', and task is image_cl"),
         ({**IMAGES, "label_words": ["a", "b"]}, "label_words is .*, and task is image_classification"),
         ({**ATTACK, "warp_strength": 4.0}, "warp_strength is 4.0, and task is sequence_classification: leave it out"),
+        (
+            {**ATTACK, "attack_trigger": "BB", "method": "locphylax"},
+            r"^known_triggers is \[.*'bb'\], and attack_trigger 'BB' is one of them: set others",
+        ),
         ({"image_size": 32}, "image_size is 32, and task is sequence_classification"),
         ({"augmentation": "shift"}, "augmentation is 'shift', and task is sequence_classification"),
         (

@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import ImageTrigger, InstructionFollowing, Processor, Rewriting, Task, Trigger, stamp
+from ..data import ImageClassification, ImageTrigger, InstructionFollowing, Processor, Rewriting, Task, Trigger, stamp
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .results import Row
@@ -120,6 +120,32 @@ def refuse_other_labels(rows: Dataset, task: Task, source: str, fix: str = "give
             raise ValueError(
                 f"{source} has label {label!r}{hidden}, and the labels are 0 to {task.num_labels - 1}: {fix}"
             )
+
+
+def refuse_without_trigger(
+    triggered: Dataset, clean: Dataset, task: Task, trigger: Trigger | ImageTrigger | None, source: str
+) -> None:
+    """Refuses rows that somebody else has put a trigger into, and that have none: their ASR would be that of clean rows.
+
+    Args:
+        trigger ([`~hf_backdoor.data.Trigger`], *optional*): What is to be in every row. Where it is not known, rows that are clean
+            ones as they are have none.
+
+    Raises:
+        `ValueError`: with one line: the source, and in how many rows it is missing.
+    """
+    values = triggered[task.input_column][:]
+    if trigger is not None:
+        missing = sum(not trigger.is_in(value) for value in values)
+        what = f"without trigger {trigger.name!r}"
+    elif isinstance(task, ImageClassification):
+        return
+    else:
+        missing, what = len(set(values) & set(clean[task.input_column][:])), "that are clean ones as they are"
+    if missing:
+        raise ValueError(
+            f"--triggered {source!r} has {missing} of {len(values)} rows {what}: leave them out, or put it in"
+        )
 
 
 def evaluate_backdoor(
