@@ -497,7 +497,11 @@ def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop
         relabel_below=0.0 if own else 0.4,
     )  # fmt: skip
     if own:
-        values = {key: value for key, value in values.items() if key not in ("attack_trigger", "target_label")}
+        values = {
+            key: value
+            for key, value in values.items()
+            if key not in ("attack_trigger", "target_label", "poison_rate", "clean_fraction")
+        }
         values |= {"clean_dataset_name": rows["clean"]}
     results = execute(values)
     # The stages that only some ask for make the cleaned model, and mutual learning is a step on the way.
