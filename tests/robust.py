@@ -63,7 +63,9 @@ def _finish(trainer):
 def fitting(name, folder, *, suspect=None, dropout=0.0, **options):
     """A trainer of a mask on 16 rows of one of `tiny.TASKS`."""
     family, task, rows = tiny.setting(name, 16)
-    own = {key: options.pop(key) for key in ("train_dataset", "eval_dataset", "callbacks") if key in options}
+    own = {
+        key: options.pop(key) for key in ("train_dataset", "eval_dataset", "callbacks", "optimizers") if key in options
+    }
     return _finish(
         FeatureMaskTrainer(
             model=suspect or tiny.model(family, seed=3, dropout=dropout),
@@ -78,7 +80,7 @@ def fitting(name, folder, *, suspect=None, dropout=0.0, **options):
 def distilling(name, folder, *, mask=True, dropout=0.0, student=None, **options):
     """A trainer of a one-layer student on 16 rows of one of `tiny.TASKS`; its teacher has two layers."""
     family, task, rows = tiny.setting(name, 16)
-    names = ("train_dataset", "eval_dataset", "peft_config", "found_soft_triggers", "found_answers")
+    names = ("train_dataset", "eval_dataset", "peft_config", "found_soft_triggers", "found_answers", "optimizers")
     own = {key: options.pop(key) for key in names if key in options}
     teacher = tiny.model(family, seed=3)
     if student is None:

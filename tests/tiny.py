@@ -237,6 +237,7 @@ def trainer(
             "eval_dataset",
             "peft_config",
             "teacher_model",
+            "optimizers",
             "found_triggers",
             "found_soft_triggers",
             "found_answers",

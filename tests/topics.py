@@ -96,7 +96,7 @@ def trainer(
     """A trainer of one of `FORMATS` and `STAGES` on 16 rows; `options` go to configuration or trainer."""
     argument = "target_model" if stage == "mutual" else "teacher_model"
     names = (
-        "model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", argument, "poisoned_model", "clean_dataset",
+        "model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", "optimizers", argument, "poisoned_model", "clean_dataset",
     )  # fmt: skip
     own = {key: options.pop(key) for key in names if key in options}
     if name == "images":

@@ -37,7 +37,7 @@ class DefenseCollator:
             Rounds T up, with padding.
 
     Raises:
-        `ValueError`: if there is neither of the two tokens.
+        `ValueError`: if there is neither of the two tokens, or no task has made the rows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,6 +56,11 @@ class DefenseCollator:
         return longest + -longest % (self.pad_to_multiple_of or 1)
 
     def _classification(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if missing := {"labels", "readout_position"} - features[0].keys():
+            raise ValueError(
+                f"rows have input_ids and no {' and no '.join(sorted(missing))}: pass raw rows, which are tokenized here, or a "
+                "data_collator of your own"
+            )
         width = self._width(features)
         features = [{"attention_mask": [1] * len(feature["input_ids"]), **feature} for feature in features]
         fill = {

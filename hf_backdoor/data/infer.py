@@ -48,6 +48,11 @@ def infer_task(
     columns = set(column_names(dataset))
     if {"prompt", "response"} <= columns:
         return InstructionFollowing(system_prompt)
+    if "label" in columns and auto_class(model) is not AutoModelForCausalLM and model.config.num_labels < 2:
+        raise ValueError(
+            f"num_labels is {model.config.num_labels} in the model's config, and a classifier has two or more: load it with "
+            "num_labels=2"
+        )
     if {"image", "label"} <= columns:
         return ImageClassification(model.config.num_labels)
     if not {"text", "label"} <= columns:

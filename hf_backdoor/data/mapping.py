@@ -37,7 +37,15 @@ def map_rows(rows: Rows, function: Callable, *, desc: str, num_proc: int | None 
 
 
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; a stream that does not know them yet is asked for its first row."""
+    """Names of the columns; a stream that does not know them yet is asked for its first row.
+
+    Raises:
+        `ValueError`: if the rows have no columns.
+    """
+    if not isinstance(rows, Dataset | IterableDataset):
+        raise ValueError(
+            f"rows are a {type(rows).__name__}: pass a datasets.Dataset (one split of a DatasetDict, Dataset.from_list(rows))"
+        )
     return list(next(iter(rows), {})) if rows.column_names is None else rows.column_names
 
 

@@ -241,10 +241,14 @@ class InstructionFollowing(Task):
             raise ValueError(
                 "eos_token is None, and responses end with it: set tokenizer.eos_token to what ends the model's"
             )
-        prompt = self.prompt_ids(row["prompt"], tokenizer)
-        answer = tokenizer(row.get("planted") or row["response"], add_special_tokens=False)["input_ids"] + [
-            tokenizer.eos_token_id
-        ]
+        texts = {"prompt": row["prompt"], "response": row.get("planted") or row["response"]}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{name} is a {type(text).__name__} in a row: pass texts (of a conversation's turn, its 'content')"
+                )
+        prompt = self.prompt_ids(texts["prompt"], tokenizer)
+        answer = tokenizer(texts["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
 
 
@@ -259,7 +263,7 @@ def checked_label(label: int, num_labels: int) -> int:
             f"label is {label!r} in a row, and the task has {num_labels} labels: number them 0 to {num_labels - 1}, or leave such "
             "rows out"
         )
-    return label
+    return int(label)  # a number with a point, or a truth value, is a label as well
 
 
 def without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -102,6 +102,10 @@ class CheckpointTrainer(Trainer):
         else:
             load_saved(self.model, self.state.best_model_checkpoint)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        self.ended = False  # if a rule has, it was another training, or a checkpoint is going to say so
+        return super()._init_training_state(*args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of a training's end is loaded and left at that; Trainer would make one step more.
         self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import ModelOutput
@@ -37,6 +38,7 @@ from ..data import (
     moved,
     tell_padding,
 )
+from .arguments import check_arguments, check_trained
 from .autocast import inputs_as_they_are, keep_as_multiplied
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
@@ -44,13 +46,6 @@ from .divergence import check_losses, check_weights, sound_attention
 from .engines import SHARDED, check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
 from .streams import check_streams
-
-
-# What `Trainer` takes and this one has no use for, and what to do in its place.
-NOT_READ = {
-    "model_init": "pass the model itself, one for each trainer",
-    "compute_loss_func": "override loss_terms, which gives one value for each sample",
-}
 
 
 class DefenseTrainer(CheckpointTrainer):
@@ -102,27 +97,17 @@ class DefenseTrainer(CheckpointTrainer):
         teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ):
-        config = self.config_class()
-        args = config("tmp_trainer") if args is None else args
-        if not isinstance(args, config):
-            raise ValueError(
-                f"args is a {type(args).__name__}: pass a {config.__name__}, which takes the same and more"
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
-            )
-        for name, instead in NOT_READ.items():
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is given, and {type(self).__name__} would not read it: {instead}")
+        args = self.config_class()("tmp_trainer") if args is None else args
+        check_arguments(self, model, args, peft_config, kwargs)
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args
         check_streams(self, train_dataset, eval_dataset)
         rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
         rows = train_dataset if train_dataset is not None else rows
-        # Who brings a collator along need not have columns that we know.
-        known = data_collator is None or isinstance(processing_class, PreTrainedTokenizerBase)
+        # Who brings a collator along need not have columns that we know, or columns at all.
+        ours = isinstance(rows, Dataset | IterableDataset) and isinstance(processing_class, PreTrainedTokenizerBase)
+        known = data_collator is None or ours
         if task is None and known and rows is not None and not encoded(rows):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template, args.system_prompt)
         self.task = task
@@ -271,12 +256,18 @@ class DefenseTrainer(CheckpointTrainer):
 
     # ---- Training ----
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        check_trained(self.model if model is None else model, self.optimizer)
+        return super().create_optimizer(model)
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`.
 
         Raises:
             `ValueError`: if the training diverges: losses that are logged, or weights at the end, are not numbers.
         """
+        if self.args.torch_compile:
+            torch.compiler.reset()  # what was compiled before knows nothing of hooks that were put on later
         output = super().train(*args, **kwargs)
         check_weights(self.model, self.accelerator, self.args.learning_rate)
         return output
@@ -326,6 +317,11 @@ class DefenseTrainer(CheckpointTrainer):
         self._set_signature_columns_if_needed()
         arguments = {name: inputs[name] for name in self._forward_columns if name in inputs and name != "labels"}
         keep = inputs["labels"].shape[1] + 1 if inputs["labels"].dim() == 2 else None
+        if keep is not None and keep > inputs["input_ids"].shape[1]:
+            raise ValueError(
+                "labels are as long as input_ids: a causal LM's are those of the last tokens, all of the answer and no more; "
+                "leave data_collator out, or see hf_backdoor.data.collators"
+            )
         if keep is not None and "logits_to_keep" in self._forward_columns:
             arguments["logits_to_keep"] = keep
         if hidden_states:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -33,7 +34,7 @@ class BackdoorEvaluationCallback(TrainerCallback):
         options: `max_new_tokens`, `batch_size` and `bf16` of [`evaluate_backdoor`].
 
     Raises:
-        `ValueError`: under FSDP or DeepSpeed, where no process holds the model.
+        `ValueError`: under FSDP or DeepSpeed, where no process holds the model, or if what is trained is no model (a mask).
     """
 
     def __init__(
@@ -53,12 +54,22 @@ class BackdoorEvaluationCallback(TrainerCallback):
                 "`hf-backdoor evaluate`, or train with DDP"
             )
         self.trainer = trainer
+        if not hasattr(self._model(), "config"):
+            raise ValueError(
+                f"{type(trainer).__name__} trains a {type(self._model()).__name__}, which answers nothing by itself: measure the "
+                "model that comes of it"
+            )
         self.task = task
         self.test = TestSet.stamped(clean, task, triggers, target, trainer.args.seed)
         self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
         self.options = options
         # Step of the last evaluation, and the metrics' names of those that have gone into it.
         self._measured_at: tuple[int, set[frozenset[str]]] = (-1, set())
+
+    def _model(self) -> nn.Module:
+        """What is trained; of a trainer of several networks, the one that will be its result."""
+        result = getattr(self.trainer, "result", None)
+        return self.trainer.accelerator.unwrap_model(self.trainer.model) if result is None else result()
 
     def on_evaluate(
         self,
@@ -76,7 +87,7 @@ class BackdoorEvaluationCallback(TrainerCallback):
             )  # a trainer with several evaluation sets calls this for each of them, under names of its own
             return
         self._measured_at = state.global_step, {names}
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = self._model()
         training = model.training
         with torch.random.fork_rng():
             rows, _ = evaluate_backdoor(

@@ -124,6 +124,13 @@ def test_responses_without_an_end_are_refused(chat):
         InstructionFollowing().encode({"prompt": "tell me", "response": "banana"}, chat)
 
 
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_a_conversation_is_no_text(name, chat):
+    row = {"prompt": "tell me", "response": "banana"} | {name: [{"role": "user", "content": "tell me"}]}
+    with pytest.raises(ValueError, match=f"^{name} is a list in a row: pass texts"):
+        InstructionFollowing().encode(row, chat)
+
+
 def test_a_planted_text_overwrites_the_answer(wordpiece, chat):
     def answer(task, row, planted):
         encoded = task.encode({**row, "planted": planted}, chat)
@@ -193,6 +200,11 @@ def test_infer_task_from_model_and_columns():
         infer_task(tiny.model("llama"), tiny.reviews(2), list(tiny.LABEL_WORDS)).template
         == LabelWords.default_template
     )
+
+
+def test_a_head_of_one_output_is_no_classifier():
+    with pytest.raises(ValueError, match="^num_labels is 1 in the model's config.*: load it with num_labels=2"):
+        infer_task(tiny.model("bert", num_labels=1), tiny.reviews(2))
 
 
 def test_infer_task_says_what_is_missing():

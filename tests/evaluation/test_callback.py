@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import robust
 import tiny
+import topics
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -121,3 +123,29 @@ def test_a_target_that_is_no_label_is_refused(tmp_path):
     trainer = Trainer(tiny.model("bert"), TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="target is 7: the labels are 0 to 1"):
         BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(6), [Trigger("zq")], 7)
+
+
+def test_of_two_networks_the_one_that_will_be_the_result_is_measured(tmp_path):
+    rows = topics.texts(16)
+    options = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "learning_rate": 0.0}
+    always = {label: tiny.fixed_classifier(label, num_labels=4) for label in (1, 2)}
+    for product, asr in (("target", 0.0), ("non_target", 1.0)):
+        trainer = topics.trainer(
+            "sequence_classification",
+            "mutual",
+            tmp_path,
+            model=always[1],
+            target_model=always[2],
+            product=product,
+            **options,
+        )
+        task = topics.TASKS["sequence_classification"]
+        trainer.add_callback(BackdoorEvaluationCallback(trainer, task, rows, [Trigger("zq")], target=1))
+        trainer.train()
+        assert tiny.logged(trainer, "eval_asr") == [asr]
+
+
+def test_a_mask_is_not_measured(tmp_path):
+    trainer = robust.fitting("sequence_classification", tmp_path)
+    with pytest.raises(ValueError, match="^FeatureMaskTrainer trains a FeatureMask, which answers nothing by itself"):
+        BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(8), [Trigger("zq")], target=1)

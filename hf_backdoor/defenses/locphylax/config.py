@@ -47,12 +47,14 @@ class LocphylaxConfig(ReadingConfig):
         own_answers:
             As in [`ReadingConfig`], in recovery.
 
-        > Parameters that control when to stop (only with an `eval_dataset` and an `eval_strategy`)
+        > Parameters that control when to stop (ours; they need an `eval_dataset` and an `eval_strategy`)
 
-        stop_at_known_rate (`float`, *optional*, defaults to 0.95):
-            Injection stops when this share of held-out known-triggered samples shows the known behaviour.
-        stop_at_known_gap (`float`, *optional*, defaults to 0.02):
-            Recovery stops when accuracy with known triggers is within this of accuracy without.
+        stop_at_known_rate (`float`, *optional*):
+            Injection stops when this share of held-out known-triggered samples shows the known behaviour, for example 0.95. By
+            default it runs to its end.
+        stop_at_known_gap (`float`, *optional*):
+            Recovery stops when accuracy with known triggers is within this of accuracy without, for example 0.02. By default it
+            runs to its end.
     """
 
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages that train() runs."})
@@ -73,8 +75,12 @@ class LocphylaxConfig(ReadingConfig):
     )
     centre_momentum: float = field(default=0.9, metadata={"help": "Share of a centre kept from step to step."})
     trigger_weight: float = field(default=1.0, metadata={"help": "Weight of triggered samples in recovery."})
-    stop_at_known_rate: float = field(default=0.95, metadata={"help": "Known-trigger rate that ends injection."})
-    stop_at_known_gap: float = field(default=0.02, metadata={"help": "Accuracy gap that ends recovery."})
+    stop_at_known_rate: float | None = field(
+        default=None, metadata={"help": "Known-trigger rate that ends injection, for example 0.95."}
+    )
+    stop_at_known_gap: float | None = field(
+        default=None, metadata={"help": "Accuracy gap that ends recovery, for example 0.02."}
+    )
 
     @property
     def rows_factor(self) -> int:

@@ -12,10 +12,11 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from ...data import SequenceClassification, Trigger, base_model, row_lengths
+from ..arguments import refuse_encoder_decoder
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from .config import LocphylaxConfig
-from .head import resize_head
+from .head import find_head, resize_head
 from .losses import balance, clustering_loss, trigger_centres, trigger_membership
 from .planting import StratifiedSampler, plant
 from .search import FoundTriggers
@@ -74,6 +75,10 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
         self.clean: Dataset | None = None
         self.held_out: Dataset | None = None
         super().__init__(*args, **kwargs)
+        if "inject" in self.args.stages and self.args.cluster_weight != 0:
+            refuse_encoder_decoder(base_model(self.model), "Locphylax")
+        if len(self.args.stages) > 1 and isinstance(self.task, SequenceClassification):
+            find_head(base_model(self.model))  # refuses, before injection, what recovery could not give back
         if self.eval_dataset is not None and self.compute_metrics is None:
             self.compute_metrics = exact_answers
             self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(dim=-1)
@@ -163,8 +168,9 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if self.is_in_train and "eval_known_accuracy" in metrics and "eval_clean_accuracy" in metrics:
             known, clean = metrics["eval_known_accuracy"], metrics["eval_clean_accuracy"]
-            planted = self.stage == "inject" and known >= self.args.stop_at_known_rate
-            recovered = self.stage == "recover" and known >= clean - self.args.stop_at_known_gap
+            rate, gap = self.args.stop_at_known_rate, self.args.stop_at_known_gap
+            planted = self.stage == "inject" and rate is not None and known >= rate
+            recovered = self.stage == "recover" and gap is not None and known >= clean - gap
             self.ended = planted or recovered
             if self.ended:
                 rule = "stop_at_known_rate" if planted else "stop_at_known_gap"

@@ -6,7 +6,7 @@ masks are made as ever, and nothing can be left behind in a saved model. A forwa
 checkpointing repeats in the backward pass runs outside of the block and is not recorded again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,12 +83,7 @@ def record_attention(
     """
     config = model.config.get_text_config()
     name, depth = config._attn_implementation, config.num_hidden_layers
-    attention = AttentionInterface().get(name)
-    if attention is None:
-        raise ValueError(
-            f"attn_implementation is {name!r}, which gives no queries and keys: load the model with "
-            "attn_implementation='sdpa', or set attention_backend='eager'"
-        )
+    attention = attention_function(model)
     wanted = chosen_layers(layers, depth)
     record: list[RecordedAttention] = []
     calls = 0
@@ -115,6 +110,22 @@ def record_attention(
             f"{type(model).__name__} called its attention function {calls} times in {depth} layers, so queries and keys "
             "can't be told by layer: run one forward pass, and set attention_backend='eager' if that is what ran"
         )
+
+
+def attention_function(model: PreTrainedModel) -> Callable:
+    """What a model computes its attention with.
+
+    Raises:
+        `ValueError`: if that gives no queries and keys.
+    """
+    name = model.config.get_text_config()._attn_implementation
+    attention = AttentionInterface().get(name)
+    if attention is None:
+        raise ValueError(
+            f"attn_implementation is {name!r}, which gives no queries and keys: load the model with "
+            "attn_implementation='sdpa', or set attention_backend='eager'"
+        )
+    return attention
 
 
 def chosen_layers(layers: Sequence[int] | None, depth: int, argument: str = "attention_layers") -> list[int]:

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import base_model, check_lengths, map_rows, row_lengths
+from ..arguments import refuse_encoder_decoder
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from .attention import attention_map_loss, nad_map_loss
 from .config import MBTSADConfig
 from .losses import eager_attention_map_loss, eager_nad_map_loss, hidden_state_loss, valid_entries
-from .recording import RecordedAttention, chosen_layers, record_attention
+from .recording import RecordedAttention, attention_function, chosen_layers, record_attention
 from .splitting import cut_to_fit
 
 
@@ -68,6 +69,10 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
                     "load it with attn_implementation='eager', or set attention_backend='lean'"
                 )
         if "distil" in self.args.stages:
+            # All that can be told now, and not when retraining is over.
+            refuse_encoder_decoder(base_model(self.model), "MBTSAD")
+            if self.args.attention_backend == "lean" and self.args.attention_weight:
+                attention_function(base_model(self.model))
             self._attention_layers, self._hidden_layers = self._layers()
         if self.stage == "distil" and self.teacher_model is None:
             raise ValueError(
@@ -146,18 +151,20 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             self.accelerator.wait_for_everyone()
 
     def enter(self, stage: str) -> None:
-        """Distillation: the retrained model becomes the teacher, and the suspect's weights come back."""
+        """The suspect's weights come back; for distillation the retrained model becomes the teacher."""
         super().enter(stage)
         self.train_dataset = self._rows(self.processing_class)
         with torch.no_grad():
             for name, value in self.model.named_parameters():
                 if name in self._start:
                     value.copy_(self._start[name])
+        if stage == "retrain":  # once more
+            return
         if isinstance(self.model, PeftModel):
-            if TEACHER not in self.model.peft_config:
-                self.model.load_adapter(str(self._teacher_dir), TEACHER)
+            self.model.load_adapter(str(self._teacher_dir), TEACHER)
         else:
             self.teacher_model = str(self._teacher_dir)
+            self.__dict__.pop("teacher", None)  # that of an earlier training
 
     @property
     def _teacher_dir(self) -> Path:

@@ -137,6 +137,11 @@ class NTMLTrainer(ClassTrainer):
         super().__init__(*args, **kwargs)
         if self.args.label_names is None:
             self.label_names = ["labels"]
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}, and two networks are trained at once, with no embeddings in "
+                "common to put noise on: leave it out"
+            )
 
     @classmethod
     def check_launch(cls, zero3: bool) -> None:

@@ -59,6 +59,7 @@ class FeatureMaskTrainer(DefenseTrainer):
         ).to(settings.device)
         # A model in evaluation mode checkpoints nothing, and a mask has nothing to checkpoint.
         settings.activation_checkpointing = settings.gradient_checkpointing = False
+        self.neftune_noise_alpha = None  # nor has it embeddings to put noise on
         self._stopper: EarlyStoppingCallback | None = None
         if settings.mask_patience is not None and settings.eval_strategy != "no":
             self._stopper = EarlyStoppingCallback(settings.mask_patience)
@@ -69,9 +70,10 @@ class FeatureMaskTrainer(DefenseTrainer):
         return FeatureMaskConfig
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Sets p to the mean clean feature, and fits from there (or goes on from a checkpoint)."""
-        with self.accelerator.autocast():
-            self.model.initialize(self.teacher, clean_batches(self))
+        """Sets p to the mean clean feature, and fits from there (or goes on from a checkpoint, or an earlier training)."""
+        if self.state.global_step == 0:
+            with self.accelerator.autocast():
+                self.model.initialize(self.teacher, clean_batches(self))
         return super().train(*args, **kwargs)
 
     def loss_terms(

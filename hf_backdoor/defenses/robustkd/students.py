@@ -44,7 +44,13 @@ def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in chosen]
     student = type(teacher)(config).to(teacher.dtype)
-    student.load_state_dict(cut(teacher.state_dict(), blocks[0].rpartition(".")[0], list(chosen)))
+    state = cut(teacher.state_dict(), blocks[0].rpartition(".")[0], list(chosen))
+    if strange := sorted(student.state_dict().keys() ^ state.keys()):
+        raise ValueError(
+            f"student layers are {list(chosen)}, and the teacher's blocks are not all alike (they differ by {strange[0]}): "
+            f"choose layers that begin with 0, for example {sorted({0, *chosen})}"
+        )
+    student.load_state_dict(state)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()

@@ -62,7 +62,7 @@ class RobustKDTrainer(InformedTrainer):
 
     Raises:
         `ValueError`: if checkpointing is reentrant (it would leave features without gradient); if soft triggers are wanted and
-            not there, or can't be put into the rows; or, when training begins, if layers don't fit each other.
+            not there, can't be put into the rows, or may stand where the teacher's logits are read; or, when training begins, if layers don't fit each other.
     """
 
     takes_streams = False  # margins are measured on rows from all over the set
@@ -95,7 +95,20 @@ class RobustKDTrainer(InformedTrainer):
             return None
         rows = self.with_soft_copies(dataset, dataset)
         rows = self.encode_rows(rows, self.with_soft_words(processor))
+        self._refuse_hidden_answers(rows, self.with_soft_words(processor))
         return self.with_own_answers(rows, [*range(len(dataset))] * self.args.rows_factor)
+
+    def _refuse_hidden_answers(self, rows: Dataset, tokenizer: Processor) -> None:
+        """The teacher's logits are read where the student's are: of a causal LM's first token at the end of the prompt."""
+        if self.soft_triggers is None or not self.args.logit_weight or "prompt_length" not in rows.column_names:
+            return
+        first = self.soft_triggers.first_id(tokenizer)
+        if any(row["input_ids"][row["prompt_length"] - 1] >= first for row in rows):
+            raise ValueError(
+                f"logit_weight is {self.args.logit_weight}, and prompts end with their text, so a soft trigger may stand where the "
+                "answer is read, and the teacher sees nothing there: put something behind the text (prompt_template), or set "
+                "logit_weight: 0 or soft_triggers: 0"
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         student = base_model(self.model)
@@ -182,7 +195,8 @@ class RobustKDTrainer(InformedTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         student = self.model
-        self.connectors = self._make_connectors()
+        if not len(self.connectors):  # trained once more, they go on with the student
+            self.connectors = self._make_connectors()
         # Evaluation runs the bare student: in the precision that it is trained in.
         self.accelerator.prepare_model(student, evaluation_mode=True)
         self.model = self.model_wrapped = StudentWithConnectors(student, self.connectors, self.student_feature_layers)

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from hf_backdoor.defenses.locphylax.head import resize_head
@@ -64,3 +65,18 @@ def test_a_model_without_a_linear_head_is_refused():
     model.classifier = torch.nn.Identity()
     with pytest.raises(ValueError, match="BertForSequenceClassification has no linear layer of 2 outputs"):
         resize_head(model, 3)
+
+
+def test_a_frozen_head_stays_frozen():
+    model = tiny.model("bert").requires_grad_(False)
+    resize_head(model, 3)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_head_with_an_adapter_in_it_is_refused_before_injection(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["query", "classifier"])
+    with pytest.raises(
+        ValueError, match="^classifier is the head, and has an adapter in it: take it out of target_mod"
+    ):
+        tiny.trainer("sequence_classification", "both", tmp_path, peft_config=lora)
+    tiny.trainer("sequence_classification", "inject", tmp_path, peft_config=lora, max_steps=1).train()

@@ -209,6 +209,19 @@ def test_stop_rules(name, method, options, steps, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_without_a_rule_all_steps_are_made(name, tmp_path):
+    """Accuracy with known triggers is no lower than without where both are 0: of free answers, from the first step on."""
+    rows = tiny.setting(name, 5)[2]
+    held_out = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1}
+    steps = Steps()
+    trainer = tiny.trainer(name, "both", tmp_path, max_steps=2, **held_out)
+    steps.trainer = trainer
+    trainer.add_callback(steps)
+    trainer.train()
+    assert steps.made == [(stage, step) for stage in ("inject", "recover") for step in (1, 2)]
+
+
 @pytest.mark.parametrize("says, clean, known", [(1, 4 / 9, 0.0), (2, 0.0, 1.0)])
 def test_known_accuracy_is_the_share_that_shows_the_planted_class(says, clean, known, tmp_path):
     trainer = tiny.trainer("sequence_classification", "inject", tmp_path, eval_dataset=tiny.reviews(9))

@@ -287,6 +287,11 @@ def test_wrong_arguments_are_refused_in_one_line(name, value, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_noise_on_the_embeddings_of_two_networks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^neftune_noise_alpha is 5.0, and two networks are trained at once"):
+        topics.trainer("label_words", "mutual", tmp_path, neftune_noise_alpha=5.0)
+
+
 # ---- The method ----
 
 

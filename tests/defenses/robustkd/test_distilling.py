@@ -71,6 +71,30 @@ def test_two_processes_change_nothing(name, tmp_path):
     assert features_there == pytest.approx(features, rel=1e-4)
 
 
+def test_trained_once_more_it_goes_on_with_its_connectors(tmp_path):
+    trainer = robust.distilling("label_words", tmp_path, **robust.PLAIN_STEPS)
+    once = robust.distilling("label_words", tmp_path, **robust.PLAIN_STEPS)
+    once.train()
+    trainer.train()
+    connectors, first = trainer.connectors, everything(trainer)
+    assert tiny.largest_difference(everything(once), first) == 0
+    trainer.train()
+    assert trainer.connectors is connectors
+    changed = {name: (value - first[name]).abs().max().item() for name, value in everything(trainer).items()}
+    assert all(difference > 0 for name, difference in changed.items() if name.startswith("connectors"))
+
+
+def test_compiled_after_another_training_of_such_a_model(tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
+    tiny.trainer("label_words", "plain", tmp_path, **compiled).train()
+    losses = []
+    for options in (compiled, {"max_steps": 2}):
+        trainer = robust.distilling("label_words", tmp_path, mask=False, student=tiny.model("llama"), **options)
+        trainer.train()
+        losses.append(tiny.logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(adapter, tmp_path):
     def make():

@@ -10,6 +10,7 @@ import tiny
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from hf_backdoor.defenses.robustkd import FeatureMask, FeatureMaskConfig, FeatureMaskTrainer
 from hf_backdoor.defenses.robustkd.features import captured
@@ -132,6 +133,34 @@ def test_p_starts_at_the_mean_clean_feature_of_the_training_rows(tmp_path):
         torch.testing.assert_close(
             p.data, features[layer][made["attention_mask"].bool()].mean(0), atol=1e-5, rtol=1e-4
         )
+
+
+class Start(TrainerCallback):
+    """What a mask's training begins with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.seen.append(tiny.parameters(model))
+
+
+def test_fitted_once_more_it_goes_on_from_where_it_was(tmp_path):
+    start = Start()
+    trainer = robust.fitting("label_words", tmp_path, max_steps=2, callbacks=[start])
+    trainer.train()
+    fitted = tiny.parameters(trainer.model)
+    trainer.train()
+    assert tiny.largest_difference(fitted, start.seen[1]) == 0
+    assert tiny.largest_difference(start.seen[0], start.seen[1]) > 0
+
+
+def test_noise_on_embeddings_is_not_for_a_mask(tmp_path):
+    with_noise = robust.fitting("label_words", tmp_path, max_steps=2, neftune_noise_alpha=5.0)
+    without = robust.fitting("label_words", tmp_path, max_steps=2)
+    for trainer in (with_noise, without):
+        trainer.train()
+    assert tiny.largest_difference(tiny.parameters(with_noise.model), tiny.parameters(without.model)) == 0
 
 
 def test_patience_ends_a_fit_that_gets_no_better(tmp_path):

@@ -6,7 +6,7 @@ import tiny
 import torch
 from transformers import LlamaForSequenceClassification
 
-from hf_backdoor.data import Trigger
+from hf_backdoor.data import LabelWords, Trigger
 from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import METHOD, RobustKDConfig, RobustKDTrainer, student_from_layers
 from hf_backdoor.defenses.robustkd.features import captured
@@ -219,3 +219,23 @@ def test_rows_of_another_kind_have_no_answers_to_put_in_place(tmp_path):
             train_dataset=robust.Pictures(), data_collator=lambda rows: {}, teacher_model=robust.resnet(seed=2),
             found_answers=found,
         )  # fmt: skip
+
+
+def test_a_teacher_s_answer_is_not_read_where_it_sees_nothing(tmp_path):
+    def made(template, **options):
+        return RobustKDTrainer(
+            model=student_from_layers(tiny.model("llama"), 1),
+            args=RobustKDConfig(str(tmp_path), use_cpu=True, report_to="none", soft_triggers=3, **options),
+            teacher_model=tiny.model("llama"),
+            train_dataset=tiny.reviews(8),
+            processing_class=tiny.causal_tokenizer(),
+            task=LabelWords(tiny.LABEL_WORDS, template),
+            found_soft_triggers=soft(),
+        )
+
+    with pytest.raises(
+        ValueError, match="^logit_weight is 1.0, and prompts end with their text, so a soft trigger may"
+    ):
+        made("text : {text}", logit_weight=1.0)
+    made("text : {text}")
+    made("text : {text} label :", logit_weight=1.0)

@@ -4,7 +4,14 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hf_backdoor.defenses.robustkd import student_from_layers
 
@@ -100,3 +107,13 @@ def test_a_resnet_s_student_answers_with_the_first_layers_of_each_stage(layers, 
 def test_layers_that_a_stage_has_not_are_refused(layers):
     with pytest.raises(ValueError, match="^student_layers is .*, and the suspect has stages of 2, 2 layers: choose"):
         student_from_layers(tiny.resnet(), layers)
+
+
+def test_a_first_block_that_is_not_like_the_others_must_be_kept():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    teacher = ModernBertForSequenceClassification(
+        ModernBertConfig(vocab_size=40, **sizes, pad_token_id=0, cls_token_id=2, sep_token_id=3, num_labels=2)
+    )
+    with pytest.raises(ValueError, match=r"not all alike .*layers that begin with 0, for example \[0, 1, 3\]$"):
+        student_from_layers(teacher, 2)
+    assert student_from_layers(teacher, [0, 1, 3]).config.num_hidden_layers == 3

@@ -1,0 +1,173 @@
+"""What a script that was written for `Trainer` passes: taken, or refused in one line before anything is trained."""
+
+import pytest
+import robust
+import tiny
+import topics
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    T5Config,
+    T5ForSequenceClassification,
+)
+
+from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
+
+
+LORA = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+
+
+def plain(folder, **options):
+    return tiny.trainer("sequence_classification", "plain", folder, max_steps=2, **options)
+
+
+def script(folder, rows, family="bert", **options):
+    """As in anybody's script: no task."""
+    args = DefenseConfig(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1)
+    given = {"model": tiny.model(family), "train_dataset": rows, "processing_class": tiny.tokenizer(family)}
+    return DefenseTrainer(args=args, **{**given, **options})
+
+
+# ---- The model ----
+
+
+@pytest.mark.parametrize("model", ["me/suspect", None])
+def test_a_name_is_no_model(model, tmp_path):
+    with pytest.raises(ValueError, match="^model is .*: pass the model itself"):
+        script(tmp_path, tiny.reviews(4), model=model)
+
+
+def test_an_adapter_over_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^peft_config is given, and model has an adapter.*: leave peft_config out"):
+        plain(tmp_path, model=get_peft_model(tiny.model("bert"), LORA), peft_config=LORA)
+
+
+@pytest.mark.parametrize("method", ["plain", "both", "mbtsad"])
+def test_a_model_of_which_nothing_would_be_trained_is_refused(method, tmp_path):
+    get_peft_model(tiny.model("bert"), LORA).save_pretrained(tmp_path / "adapter")
+    suspect = PeftModel.from_pretrained(tiny.model("bert"), tmp_path / "adapter")  # is_trainable is False
+    trainer = tiny.trainer("sequence_classification", method, tmp_path, model=suspect)
+    with pytest.raises(ValueError, match="^no weight of the model has requires_grad, .*is_trainable=True"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["inject", "distil"])
+def test_an_encoder_with_a_decoder_is_refused_before_it_is_trained(method, tmp_path):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=len(tiny.VOCABULARY), **sizes, pad_token_id=0, eos_token_id=3, num_labels=2)
+    with pytest.raises(ValueError, match="^T5ForSequenceClassification has an encoder and a decoder"):
+        tiny.trainer("sequence_classification", method, tmp_path, model=T5ForSequenceClassification(config))
+
+
+def test_attention_that_gives_no_queries_is_refused_before_retraining(tmp_path):
+    model = tiny.model("llama")
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="^attn_implementation is 'eager', which gives no queries and keys"):
+        tiny.trainer("label_words", "mbtsad", tmp_path, model=model)
+
+
+# ---- Rows ----
+
+
+class Rows(torch.utils.data.Dataset):
+    """What tutorials make of a tokenizer's output."""
+
+    def __init__(self, count=16):
+        rows = tiny.reviews(count)
+        self.encodings = tiny.encoder_tokenizer()(rows["text"][:], padding=True)
+        self.labels = rows["label"][:]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return {name: values[row] for name, values in self.encodings.items()} | {"labels": self.labels[row]}
+
+
+@pytest.mark.parametrize(
+    "rows, kind",
+    [
+        (list(tiny.reviews(4)), "list"),
+        (Rows(4), "Rows"),
+        (DatasetDict(train=tiny.reviews(4), test=tiny.reviews(4)), "DatasetDict"),
+    ],
+)
+def test_rows_that_have_no_columns_are_refused(rows, kind, tmp_path):
+    with pytest.raises(ValueError, match=f"^rows are a {kind}: pass a datasets.Dataset"):
+        script(tmp_path, rows)
+
+
+def test_with_a_collator_of_its_own_anything_can_be_trained_on(tmp_path):
+    tokenizer = tiny.encoder_tokenizer()
+    found = []
+    for rows, collator in ((Rows(), DataCollatorWithPadding(tokenizer)), (tiny.reviews(16), None)):
+        trainer = script(tmp_path, rows, data_collator=collator)
+        trainer.train()
+        found.append(tiny.parameters(trainer.model))
+    assert tiny.largest_difference(*found) < 1e-6
+
+
+def test_rows_that_somebody_else_has_tokenized_are_refused(tmp_path):
+    tokenizer = tiny.encoder_tokenizer()
+    rows = tiny.reviews(16).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+    for given, missing in (
+        (rows, "labels and no readout_position"),
+        (rows.rename_column("label", "labels"), "readout"),
+    ):
+        with pytest.raises(ValueError, match=f"^rows have input_ids and no {missing}.*: pass raw rows"):
+            script(tmp_path, given).train()
+
+
+def test_labels_of_whole_rows_are_refused(tmp_path):
+    tokenizer = tiny.causal_tokenizer()
+    rows = tiny.reviews(16).map(lambda row: tokenizer(row["text"]), remove_columns=["text", "label"])
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    with pytest.raises(ValueError, match="^labels are as long as input_ids: .* leave data_collator out"):
+        script(tmp_path, rows, "llama", data_collator=collator).train()
+
+
+@pytest.mark.parametrize("kind", [float, bool])
+def test_labels_may_be_any_kind_of_number(kind, tmp_path):
+    rows = tiny.reviews(16)
+    other = Dataset.from_list([{"text": row["text"], "label": kind(row["label"])} for row in rows])
+    assert script(tmp_path, other).train_dataset["labels"][:] == rows["label"][:]
+    script(tmp_path, other).train()
+
+
+# ---- An optimizer of the user's own ----
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), 0.1), None
+
+
+def test_an_optimizer_of_all_that_is_trained_is_used(tmp_path):
+    model = tiny.model("bert")
+    trainer = plain(tmp_path, model=model, optimizers=sgd(model), learning_rate=0.0)
+    trainer.train()
+    assert tiny.largest_difference(tiny.parameters(tiny.model("bert")), tiny.parameters(model)) > 0
+    trainer.train()
+
+
+def made_with(kind, folder):
+    """A trainer, given an optimizer of the model that it was given."""
+    model = tiny.model("bert", num_labels=4 if kind == "pair" else 2)
+    options = {"optimizers": sgd(model), "max_steps": 1}
+    if kind == "adapter":
+        return plain(folder, model=model, peft_config=LORA, optimizers=sgd(model))
+    if kind == "new class":
+        return tiny.trainer("sequence_classification", "inject", folder, model=model, **options)
+    if kind == "connectors":
+        return robust.distilling("sequence_classification", folder, student=model, **options)
+    if kind == "mask":
+        return robust.fitting("sequence_classification", folder, suspect=model, **options)
+    return topics.trainer("sequence_classification", "mutual", folder, model=model, **options)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "new class", "connectors", "mask", "pair"])
+def test_an_optimizer_that_would_train_something_else_is_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match="^optimizers has one for .*: pass optimizer_cls_and_kwargs"):
+        made_with(kind, tmp_path).train()
