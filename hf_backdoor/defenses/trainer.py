@@ -245,7 +245,11 @@ class DefenseTrainer(CheckpointTrainer):
             student = base_model(self.model)
             attention = student.config._attn_implementation
             model = auto_class(student).from_pretrained(
-                model, use_safetensors=True, dtype=student.dtype, attn_implementation=attention
+                model,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=student.dtype,
+                attn_implementation=attention,
             )
             kind, sharded = self.args.device.type, self.accelerator.distributed_type in SHARDED
             with self.accelerator.autocast():
