@@ -141,7 +141,7 @@ def test_an_adapter_distils_as_it_does_with_a_teacher_of_its_own(name, tmp_path)
     teacher = PeftModel.from_pretrained(base, tmp_path / "checkpoint-teacher").merge_and_unload()
     alone = answered(name, "distil", tmp_path, peft_config=adapter, teacher_model=teacher, logging_steps=1)
     alone.train()
-    assert tiny.logged(both, "loss") == pytest.approx(tiny.logged(alone, "loss"), rel=1e-5)
+    assert tiny.logged(both, "loss")[2:] == pytest.approx(tiny.logged(alone, "loss"), rel=1e-5)
     assert tiny.logged(both, "loss/attention")[-1] > 0
 
 
