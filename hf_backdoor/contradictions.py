@@ -124,14 +124,20 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.reference == "train" and recipe.attack_trigger is None:
         raise ValueError("reference is 'train' without an attack: name a never-poisoned model, or leave it out")
     _refuse_unread(recipe)
-    for where, values in _given(recipe).items():
-        known = values.get("known_triggers", [] if where else _usual(recipe).get("known_triggers", []))
-        if recipe.attack_trigger is not None and recipe.attack_trigger.lower() in (text.lower() for text in known):
-            # The defender would be told what the evaluation is to find out.
+    _refuse_told(recipe)
+    _ = recipe.poisoning
+
+
+def _refuse_told(recipe: Recipe) -> None:
+    """Refuses a defender who is told what the evaluation is to find out."""
+    if recipe.attack_trigger is None:
+        return
+    for where, values in {**_given(recipe), "": _usual(recipe) | recipe.training}.items():
+        known = values.get("known_triggers", [])
+        if recipe.attack_trigger.lower() in (text.lower() for text in known):
             raise ValueError(
                 f"{where}known_triggers is {known}, and attack_trigger {recipe.attack_trigger!r} is one of them: set others"
             )
-    _ = recipe.poisoning
 
 
 def _refuse_unread(recipe: Recipe) -> None:

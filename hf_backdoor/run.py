@@ -11,7 +11,6 @@ stage whose inputs have not changed is not run again, so a run that was killed g
 import dataclasses
 import errno
 import gc
-import os
 import shutil
 import sys
 import time
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -48,6 +46,7 @@ from .folders import (
 )
 from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions, without_weights
 from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
+from .processes import find_processes, refuse_lost_processes
 from .recipe import Recipe
 from .recipe_file import load_recipe
 from .report import write_report
@@ -326,19 +325,6 @@ def tokens_trained(trainer: DefenseTrainer) -> int | None:
     return round(rows * sum(lengths) / len(lengths))
 
 
-def refuse_lost_processes() -> None:
-    """`accelerate launch` for several CPU processes starts one and says nothing.
-
-    Raises:
-        `ValueError`: if several processes were asked for and this is the only one.
-    """
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            "accelerate was asked for several processes and started one (it does so for CPUs): "
-            "use `torchrun --nproc_per_node N -m hf_backdoor.run RECIPE`, or num_processes: 1"
-        )
-
-
 def run(recipe: Recipe, until: str | None = None) -> Results | None:
     """Runs a recipe to its end: trained, measured, reported and, if it says so, published; or to the end of one stage."""
     folder = Path(recipe.output_dir)
@@ -376,12 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     refuse_lost_processes()
-    # Without it each of several processes on CPUs takes itself for the first one, until the first trainer is made.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were started, and {state.num_processes} found each other"
-        )
+    find_processes()
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("no recipe: accelerate launch -m hf_backdoor.run RECIPE.yaml [--key value ...]")
     until = None
