@@ -61,6 +61,7 @@ RECIPES = {
         "agnews_minilm",
         "agnews_minilm_few",
         "sst2_smollm2",
+        "agnews_smollm2",
         "cifar10_resnet",
         "gtsrb_resnet",
     ],
