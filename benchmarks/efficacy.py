@@ -5,8 +5,9 @@
 A cell is one run of a recipe in `recipes/METHOD/` with another trigger, or on images with another attack. Finished cells are
 kept, a killed one goes on where it stopped, and the folder of a finished cell is deleted. Writes one `results.json` a cell and
 the table to `benchmarks/results/`, and an overview of all methods into the README (`tables.py`). On a GPU, which small models
-leave idle, `--jobs 12` runs as many cells at once; each holds ten models and more in `--runs` until it is done (6 GB for
-SmolLM2). Nothing here chooses a setting: those are in the recipes, and were found on other triggers (`docs/METHOD.md` says how).
+leave idle, `--cells 4 --jobs 16` has four cells at work in up to sixteen runs: a cell without its controls first, then each
+control in a run of its own. A cell holds ten models and more in `--runs` until it is done (6 GB for SmolLM2). Nothing here
+chooses a setting: those are in the recipes, and were found on other triggers (`docs/METHOD.md` says how).
 """
 
 import argparse
@@ -16,12 +17,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import tables
+import yaml
 from datasets import load_dataset
 from tables import RESULTS
 
@@ -86,7 +89,7 @@ def cells(recipes: list[str], triggers: list[str], seeds: list[int]) -> Iterator
 def run_cells(chosen: list[tuple[str, str, int]], options: argparse.Namespace) -> int:
     """Cells beside each other; how many failed. One that fails keeps no other from being run."""
     failed = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.cells) as pool:
         running = {pool.submit(run_cell, *cell, options): cell for cell in chosen}
         try:
             for number, done in enumerate(as_completed(running), 1):
@@ -100,7 +103,7 @@ def run_cells(chosen: list[tuple[str, str, int]], options: argparse.Namespace) -
 
 
 def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) -> None:
-    """One run in a process of its own, so that memory starts afresh. Beside others it writes to a file what it would show."""
+    """One cell, if it has not been measured yet."""
     name = f"{recipe}_{trigger}_{seed}"
     target = RESULTS / options.method / f"{name}.json"
     if target.exists():
@@ -131,15 +134,10 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         overrides |= ATTACKS[trigger]
     if trigger == "label-consistent":
         overrides["poison_rate"] = LABEL_CONSISTENT_RATES[data]
-    flags = [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value))]
     file = HERE.parent / "recipes" / options.method / f"{recipe}.yaml"
-    command = [sys.executable, "-m", "hf_backdoor.run", str(file), *flags]
-    if options.jobs == 1:
-        subprocess.run(command, check=True)
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / f"{name}.log", "ab") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    if options.jobs > 1:
+        run_beside(file, overrides, yaml.safe_load(file.read_text(encoding="utf-8"))["controls"], options)
+    run(file, overrides, options)
     if classifies and not shared.is_dir():
         with contextlib.suppress(OSError):  # another cell was faster
             (folder / "reference").rename(shared)
@@ -157,6 +155,49 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
     target.parent.mkdir(parents=True, exist_ok=True)
     results.save(target)
     shutil.rmtree(folder)
+
+
+def run(file: Path, overrides: dict[str, Any], options: argparse.Namespace) -> None:
+    """In a process of its own, so that memory starts afresh. Beside others it writes to a file what it would show."""
+    flags = [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value))]
+    command = [sys.executable, "-m", "hf_backdoor.run", str(file), *flags]
+    folder = Path(overrides["output_dir"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with options.slots, contextlib.ExitStack() as opened:
+        streams = {}
+        if options.jobs > 1:
+            streams = {"stdout": opened.enter_context(open(f"{folder}.log", "ab")), "stderr": subprocess.STDOUT}
+        subprocess.run(command, check=True, **streams)
+
+
+def run_beside(file: Path, overrides: dict[str, Any], controls: list[str], options: argparse.Namespace) -> None:
+    """Leaves nothing to be trained to a run of the whole recipe: a control needs what the method begins with, and no other
+    control. So each is run in a copy of the folder, and what comes of it is put where one run would have it."""
+    folder = Path(overrides["output_dir"])
+    run(file, overrides | {"controls": []}, options)
+
+    def run_control(control: str) -> None:
+        copy, half = (folder.with_name(f"{folder.name}_{control}{end}") for end in ("", ".half"))
+        if not copy.is_dir():
+            shutil.copytree(folder, half, copy_function=link, dirs_exist_ok=True)
+            half.rename(copy)
+        run(file, overrides | {"controls": [control], "output_dir": str(copy)}, options)
+        for made in ("controls", "evaluation"):
+            shutil.copytree(copy / made, folder / made, copy_function=link, dirs_exist_ok=True)
+        shutil.rmtree(copy)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run_control, controls))
+
+
+def link(source: str, target: str) -> None:
+    """Weights are written once and are nearly all there is to a folder; a note that is there already is the same one."""
+    if Path(target).exists():
+        return
+    if source.endswith(".safetensors"):
+        Path(target).hardlink_to(source)
+    else:
+        shutil.copy2(source, target)
 
 
 def suspicion_rows(folder: Path, seed: int) -> list[Row]:
@@ -191,9 +232,11 @@ def main() -> None:
     parser.add_argument("--triggers", nargs="+", default=triggers, choices=triggers)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--runs", default="runs/efficacy")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--cells", type=int, default=1, help="cells at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; controls of a cell beside each other")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells that are there")
     options = parser.parse_args()
+    options.slots = threading.Semaphore(options.jobs)
     failed = 0
     if not options.table:
         chosen = list(cells(options.recipes or RECIPES[options.method], options.triggers, options.seeds))

@@ -1,15 +1,18 @@
 """The benchmarks run, and their published tables are what their result files say."""
 
+import contextlib
 import gc
 import importlib
 import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock, Semaphore
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import runs
 import tiny
 import torch
 from datasets import Dataset, enable_progress_bars
@@ -131,7 +134,7 @@ def test_an_image_cell_is_its_recipe_with_another_attack(efficacy, monkeypatch, 
 
     monkeypatch.setattr(efficacy.subprocess, "run", launched)
     monkeypatch.setattr(efficacy, "RESULTS", tmp_path)
-    options = SimpleNamespace(method=method, data="d", runs=str(tmp_path), jobs=1)
+    options = SimpleNamespace(method=method, data="d", runs=str(tmp_path), jobs=1, slots=contextlib.nullcontext())
     found = {}
     for cell in efficacy.cells([f"{data}_resnet"], [*efficacy.TRIGGERS, *efficacy.ATTACKS], [5]):
         with pytest.raises(InterruptedError) as caught:
@@ -164,8 +167,17 @@ def test_cells_beside_each_other_share_a_reference_and_outlive_a_failure(
         Results(recipe=recipe.flat()).save(folder / "results.json")
 
     monkeypatch.setattr(efficacy.subprocess, "run", launched)
+    monkeypatch.setattr(efficacy, "run_beside", lambda *cell: None)
     monkeypatch.setattr(efficacy, "RESULTS", tmp_path / "results")
-    options = SimpleNamespace(method="locphylax", data="d", minilm="m", runs=str(tmp_path / "runs"), jobs=jobs)
+    options = SimpleNamespace(
+        method="locphylax",
+        data="d",
+        minilm="m",
+        runs=str(tmp_path / "runs"),
+        cells=jobs,
+        jobs=jobs,
+        slots=Semaphore(jobs),
+    )
     chosen = list(efficacy.cells(["sst2_minilm"], list(efficacy.TRIGGERS), [5]))
     assert efficacy.run_cells(chosen, options) == 1
     assert {file.stem for file in (tmp_path / "results" / "locphylax").iterdir()} == {
@@ -175,6 +187,25 @@ def test_cells_beside_each_other_share_a_reference_and_outlive_a_failure(
     assert shared.is_dir() and not (tmp_path / "runs" / "locphylax" / "sst2_minilm_phrase_5").exists()
     assert len(asked) == 3 and (jobs > 1 or dict(asked)[efficacy.TRIGGERS["long"][0]] == str(shared))
     assert capsys.readouterr().out.count(": done") == 2
+
+
+def test_controls_beside_each_other_leave_what_one_run_makes(efficacy, monkeypatch, workshop, tmp_path):
+    controls = ["fine_tuning", "recovery_without_injection"]
+    one_at_a_time = Lock()  # in this process; the benchmark starts one for each
+
+    def run(file: Path, overrides: dict[str, Any], options: Any) -> None:
+        with one_at_a_time:
+            runs.execute(runs.settings(workshop, **overrides))
+
+    monkeypatch.setattr(efficacy, "run", run)
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    run(None, {"output": alone, "controls": controls}, None)
+    efficacy.run_beside(None, {"output": beside, "output_dir": str(beside)}, controls, None)
+    made = runs.stages(beside)
+    run(None, {"output": beside, "controls": controls}, None)
+    assert runs.stages(beside) == made and made.keys() == runs.stages(alone).keys()
+    assert Results.load(beside / "results.json").rows == Results.load(alone / "results.json").rows
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "beside"}
 
 
 def test_a_list_of_suspicious_rows_is_judged(efficacy, tmp_path):
