@@ -68,10 +68,11 @@ def table(method: str) -> str:
         for trigger, runs in triggers.items():
             rows = [row for results in runs for row in results.rows]
             columns = {name: title for name, title in COLUMNS.items() if any(row.metric == name for row in rows)}
-            older = ", by an older form of the recipe" if is_older(method, recipe, runs) else ""
-            lines += [
-                "", f"## {recipe}, {trigger} trigger ({len(runs)} seed{'s' if len(runs) > 1 else ''}{older})", "",
-            ]  # fmt: skip
+            notes = [f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"]
+            notes += ["by an older form of the recipe"] if is_older(method, recipe, runs) else []
+            missing = missing_controls(method, recipe, runs)
+            notes += [f"not measured: {', '.join(missing)}"] if missing else []
+            lines += ["", f"## {recipe}, {trigger} trigger ({'; '.join(notes)})", ""]
             lines += ["| model | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
             for model in dict.fromkeys(row.model for row in rows):
                 lines.append(f"| {model} | " + " | ".join(cell(rows, model, metric) for metric in columns) + " |")
@@ -98,8 +99,12 @@ def overview() -> str:
         for recipe, triggers in cells_of(method).items():
             data, model, *rest = next(recipe.partition(f"_{name}") for name in NAMES if f"_{name}" in recipe)
             where = ", ".join(NAMES[name] for name in (model[1:], data, *(part.strip("_") for part in rest if part)))
-            older = {name: is_older(method, recipe, runs) for name, runs in triggers.items()}
-            shown = ", ".join(name + ("\\*" if older[name] else "") for name in triggers)
+            shown = ", ".join(
+                name
+                + ("\\*" if is_older(method, recipe, runs) else "")
+                + ("†" if missing_controls(method, recipe, runs) else "")
+                for name, runs in triggers.items()
+            )
             plain = PLAIN.get(method, "control/fine_tuning")
             asr = [mean(triggers, model, "asr") for model in ("suspect", plain, "cleaned", "reference")]
             accuracy = [mean(triggers, model, "cacc") for model in ("suspect", "cleaned")]
@@ -125,8 +130,19 @@ def mean(triggers: dict[str, list[Results]], model: str, metric: str) -> float |
 
 def is_older(method: str, recipe: str, runs: list[Results]) -> bool:
     """Whether a cell was measured by other settings than the recipe has now."""
-    now: dict[str, Any] = yaml.safe_load((RECIPES / method / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    now = shipped(method, recipe)
     return any(results.recipe.get(key) != now[key] for results in runs for key in now.keys() - OF_THE_CELL)
+
+
+def missing_controls(method: str, recipe: str, runs: list[Results]) -> list[str]:
+    """Controls of the recipe that no run of a cell has measured."""
+    measured = {row.model.removeprefix("control/") for results in runs for row in results.rows}
+    return [control for control in shipped(method, recipe)["controls"] if control not in measured]
+
+
+def shipped(method: str, recipe: str) -> dict[str, Any]:
+    """A recipe as it is now."""
+    return yaml.safe_load((RECIPES / method / f"{recipe}.yaml").read_text(encoding="utf-8"))
 
 
 def write(method: str) -> None:

@@ -236,3 +236,11 @@ def test_cells_by_other_settings_than_the_recipe_has_are_told(efficacy):
     now = load_recipe(efficacy.HERE.parent / "recipes" / "ntml" / "agnews_minilm.yaml", ["--seed", "7"]).flat()
     for changes, older in (({}, False), ({"attack_trigger": "zq"}, False), ({"relabel_below": 0.9}, True)):
         assert efficacy.tables.is_older("ntml", "agnews_minilm", [Results(recipe=now | changes)]) == older
+
+
+def test_controls_that_no_run_of_a_cell_has_measured_are_told(efficacy):
+    controls = load_recipe(efficacy.HERE.parent / "recipes" / "ntml" / "agnews_minilm.yaml", []).controls
+    rows = [efficacy.Row.from_counts(model=f"control/{name}", metric="asr", k=1, n=2, seed=1) for name in controls]
+    for measured, missing in ((rows, []), (rows[2:], controls[:2])):
+        runs = [Results(rows=measured[:1]), Results(rows=measured[1:])]
+        assert efficacy.tables.missing_controls("ntml", "agnews_minilm", runs) == missing
