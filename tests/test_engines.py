@@ -131,7 +131,7 @@ def in_engine(engine, name, adapter, root):
         for stage in STAGES:
             folder = root / stage
             options = engines.arguments(engine) | {"per_device_train_batch_size": 4}
-            resumes = engine != "ddp" and name == "label_words" and not adapter
+            resumes = name == "label_words" and not adapter
             if resumes:
                 options |= {"save_strategy": "steps", "save_steps": 2}
             if adapter and stage == "mask":

@@ -287,7 +287,7 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
 
 def in_two_processes(work: Callable[[], Any], folder: Path) -> Any:
     """What `work` gives in the first of two forked gloo processes (it may give anything that `torch.save` takes)."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         pytest.skip("forks, which CUDA does not survive: run without --gpu")
     file = folder / "from_first_process.pt"
 
