@@ -42,10 +42,12 @@ def launched(engine: str) -> dict[str, str]:
         }  # fmt: skip
     if engine == "ddp":
         return {}
-    return {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine[-1],
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    }  # fmt: skip
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine[-1]}
+    if engine == "zero3":
+        zero |= dict.fromkeys(
+            ("ACCELERATE_DEEPSPEED_ZERO3_INIT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"), "true"
+        )
+    return zero
 
 
 def in_engine(engine: str, work: Callable[[], Any], folder: Path, environment: dict[str, str] | None = None) -> Any:

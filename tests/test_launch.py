@@ -1,11 +1,14 @@
-"""The same run under `torchrun` with two processes, and under `accelerate launch` with each shipped configuration."""
+"""The same run under `torchrun` with two processes, and under `accelerate launch`; what needs GPUs is in `test_engines.py`, on CPUs."""
 
 import os
 import subprocess
 import sys
 
+import engines
 import pytest
 import tiny
+from accelerate.commands import launch as commands
+from accelerate.utils import launch as launching
 
 from hf_backdoor.cli import ACCELERATE_CONFIGS, launch_command
 from hf_backdoor.evaluation import Results
@@ -41,11 +44,10 @@ def test_two_processes_give_what_one_gives(recipe, tmp_path):
     assert two.stderr.count("Creating parquet from Arrow format: 100%") == len(list((tmp_path / "two/data").iterdir()))
 
 
-@pytest.mark.parametrize("name", ["cpu"])
-def test_accelerate_launch(recipe, tmp_path, name):
-    done = launch(launch_command(name), recipe, tmp_path / name, "--per_device_train_batch_size", "6")
+def test_accelerate_launch(recipe, tmp_path):
+    done = launch(launch_command("cpu"), recipe, tmp_path / "cpu", "--per_device_train_batch_size", "6")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / name / "results.json").exists()
+    assert (tmp_path / "cpu" / "results.json").exists()
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_is_refused(recipe, tmp_path):
@@ -55,10 +57,25 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(recipe, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_shipped_configurations_load():
-    from accelerate.commands.config.config_args import load_config_from_file
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"])
+def test_a_shipped_configuration_asks_for_what_its_name_says(name):
+    args = commands.launch_command_parser().parse_args(
+        ["--config_file", str(ACCELERATE_CONFIGS / f"{name}.yaml"), "run"]
+    )
+    args, defaults, _ = commands._validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    prepare = launching.prepare_deepspeed_cmd_env if args.use_deepspeed else launching.prepare_multi_gpu_env
+    environment = prepare(args)[1] if args.use_deepspeed else prepare(args)
+    assert (args.use_cpu, args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (
+        name == "cpu", name == "ddp", name == "fsdp2", name.startswith("zero")
+    )  # fmt: skip
+    assert (args.num_processes > 1) == (name not in ("cpu", "single_gpu"))
+    if name not in ("cpu", "single_gpu"):  # what the tests of engines put in the environment by hand
+        assert engines.launched(name.removesuffix("_offload")).items() <= environment.items()
+    devices = {environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("PARAM", "OPTIMIZER")}
+    assert ("cpu" in devices) == name.endswith("offload")
 
-    names = {path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml")}
-    assert {"cpu", "single_gpu", "ddp"} <= names
-    for path in ACCELERATE_CONFIGS.glob("*.yaml"):
-        assert load_config_from_file(str(path)).num_processes >= 1
+
+def test_every_shipped_configuration_is_looked_at():
+    looked_at = test_a_shipped_configuration_asks_for_what_its_name_says.pytestmark[0].args[1]
+    assert {path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml")} == set(looked_at)
