@@ -108,3 +108,10 @@ class LocphylaxConfig(ReadingConfig):
                 "trigger and of like length: use 'random' or 'group_by_length' (the same here)"
             )
         super().__post_init__()
+        rules = {"inject": "stop_at_known_rate", "recover": "stop_at_known_gap"}
+        for rule in [rules[stage] for stage in self.stages]:
+            if getattr(self, rule) is not None and self.eval_strategy == "no":
+                raise ValueError(
+                    f"{rule} is {getattr(self, rule)}, and eval_strategy is 'no', so nothing would look at it: set eval_strategy (and "
+                    "pass an eval_dataset), or leave it out"
+                )
