@@ -112,6 +112,10 @@ class CheckpointTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
             if isinstance(self.train_dataset, IterableDataset):
+                if self.state.global_step == 0:
+                    raise ValueError(
+                        "train_dataset is a stream that ends before the first optimizer step: it needs more rows"
+                    )
                 # Where a stream ends in the middle of an optimizer step, what was accumulated would go into the next one.
                 self.model_wrapped.zero_grad()
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ...data import SequenceClassification, Trigger, base_model, row_lengths
+from ...data import LabelWords, SequenceClassification, Trigger, base_model, row_lengths
 from ..arguments import refuse_encoder_decoder
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
@@ -68,7 +68,8 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             `args.searched_triggers` is set.
 
     Raises:
-        `ValueError`: if the rows are tokenized already, or found triggers are wanted and not there.
+        `ValueError`: if the rows are tokenized already, found triggers are wanted and not there, or the known response is a right
+            answer.
     """
 
     def __init__(
@@ -105,6 +106,12 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         self.stage, self.clean = self.args.stages[0], dataset
+        response = self.args.known_response
+        right = {word.strip() for word in self.task.words} if isinstance(self.task, LabelWords) else set()
+        if "inject" in self.args.stages and response.strip() in right:
+            raise ValueError(
+                f"known_response is {response!r}, which is a right answer of the task: choose a text that is none"
+            )
         if "recover" in self.args.stages:
             self.check_found("own_answers")
         return self._training_rows(tokenizer)

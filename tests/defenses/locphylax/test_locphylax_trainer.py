@@ -308,11 +308,19 @@ def test_tokenized_rows_are_refused(where, tmp_path):
         ({"known_triggers": ["one", "one"]}, "known_triggers is .*two different texts"),
         ({"centre_momentum": 1.0}, "centre_momentum is 1.0"),
         ({"known_response": " "}, "known_response is ' '"),
+        ({"trigger_weight": -0.5}, "trigger_weight is -0.5: choose 0"),
+        ({"cluster_weight": -1.0}, "cluster_weight is -1.0: choose 0"),
     ],
 )
 def test_bad_settings_are_refused(options, line, tmp_path):
     with pytest.raises(ValueError, match=f"^{line}"):
         LocphylaxConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_right_answer_is_not_planted(tmp_path):
+    """Injection would teach that the known triggers are clean, and recovery to take them for such."""
+    with pytest.raises(ValueError, match="^known_response is ' negative ', which is a right answer"):
+        tiny.trainer("label_words", "both", tmp_path, known_response=" negative ")
 
 
 def test_a_wrong_position_is_refused(tmp_path):
