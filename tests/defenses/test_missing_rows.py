@@ -61,7 +61,14 @@ def test_a_stream_too_short_for_a_step_is_refused(count, tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(list(rows)[:count]), features=rows.features)
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     trainer = tiny.trainer(NAME, "plain", tmp_path, max_steps=2, train_dataset=stream, **batches)
-    with pytest.raises(ValueError, match="^train_dataset is a stream that ends before the first optimizer step"):
+    with pytest.raises(ValueError, match="^train_dataset ends before the first optimizer step: it needs more rows"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["plain", "inject", "student"])
+def test_rows_that_fill_no_batch_are_refused(method, tmp_path):
+    trainer = made(method, tmp_path, per_device_train_batch_size=64, dataloader_drop_last=True, max_steps=2)
+    with pytest.raises(ValueError, match="^train_dataset ends before the first .* dataloader_drop_last: false"):
         trainer.train()
 
 
