@@ -7,6 +7,7 @@ import topics
 from datasets import IterableDataset
 
 from hf_backdoor.data import SequenceClassification
+from hf_backdoor.defenses.reading import OwnAnswersTrainer, ReadingConfig
 
 
 NAME = "sequence_classification"
@@ -48,6 +49,13 @@ def test_an_evaluation_without_rows_is_refused(method, tmp_path):
 def test_training_without_a_set_is_refused(stage, tmp_path):
     with pytest.raises(ValueError, match="training requires a train_dataset"):
         made(stage, tmp_path, train_dataset=None).train()
+
+
+def test_reading_without_a_set_is_refused(tmp_path):
+    args = ReadingConfig(str(tmp_path), use_cpu=True, report_to="none", own_answers=1.0)
+    trainer = OwnAnswersTrainer(model=tiny.model("bert"), args=args, processing_class=tiny.encoder_tokenizer())
+    with pytest.raises(ValueError, match="^train_dataset is None: pass clean rows to read"):
+        trainer.train()
 
 
 def test_clean_rows_that_are_none_are_refused(tmp_path):

@@ -153,8 +153,6 @@ class RelabellingTrainer(ClassTrainer):
             }
         )
         kept = (labels != LEFT_OUT).nonzero()[:, 0]
-        if not len(kept):
-            raise ValueError("every row of train_dataset is left out: the teacher contradicts all of their labels")
         tokens = "labels" not in dataset.column_names
         column = self.task.answer_column if tokens else "labels"
         corrected = (self.rows if tokens else dataset).select(kept.tolist())
