@@ -1,12 +1,17 @@
 """What a trainer is given: refused in one line where it would not be read, or would train something else than is meant."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.optimizer import AcceleratedOptimizer
+from datasets import ClassLabel, Dataset, Value
 from peft import PeftConfig, PeftModel
-from torch import nn
+from pyarrow import compute
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..data import auto_class, base_model, row_lengths
 from .config import DefenseConfig
 
 
@@ -49,6 +54,109 @@ def check_arguments(
         raise ValueError(
             "peft_config is given, and model has an adapter, which would not be trained any more: leave peft_config out, or "
             "pass model.merge_and_unload()"
+        )
+
+
+def check_rows(args: DefenseConfig, model: nn.Module, train: Any, evaluation: Any) -> None:
+    """Before they are prepared.
+
+    Args:
+        train, evaluation: The data sets as they were passed.
+
+    Raises:
+        `ValueError`: if there are none where some are needed, or rows that are a model's inputs already have no right answer: their
+            loss would be 0.
+    """
+    if args.eval_strategy != "no" and evaluation is None:
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy.value!r}, and eval_dataset is None: pass held-out rows, or set eval_strategy: no"
+        )
+    sets = evaluation if isinstance(evaluation, dict) and evaluation else {"": evaluation}
+    named = {"train_dataset": train} | {f"eval_dataset {name}".strip(): rows for name, rows in sets.items()}
+    for name, rows in named.items():
+        if hasattr(rows, "__len__") and not len(rows):
+            raise ValueError(f"{name} has no rows: pass some, or leave it out")
+        if isinstance(rows, Dataset):
+            _check_answers(name, rows, base_model(model))
+
+
+def _check_answers(name: str, rows: Dataset, model: PreTrainedModel) -> None:
+    if auto_class(model) is not AutoModelForCausalLM and isinstance(rows.features.get("labels"), Value | ClassLabel):
+        labels = compute.min_max(rows.select_columns("labels").with_format("arrow")[:]["labels"]).as_py()
+        least, most, classes = labels["min"], labels["max"], model.config.num_labels
+        if not (isinstance(least, int) and 0 <= least <= most < classes):
+            raise ValueError(
+                f"{name} has labels from {least} to {most}, and the model has {classes} classes: number them 0 to {classes - 1}, and "
+                "leave rows without a label out"
+            )
+    if {"input_ids", "prompt_length"} <= set(rows.column_names):
+        lengths = zip(rows["prompt_length"][:], row_lengths(rows), strict=True)
+        if without := [row for row, (prompt, whole) in enumerate(lengths) if prompt >= whole]:
+            raise ValueError(
+                f"{name} has {len(without)} rows whose prompt_length is as long as input_ids, so they have no answer (row {without[0]} "
+                "is the first): leave them out"
+            )
+
+
+def labels_of(batch: dict[str, Tensor]) -> Tensor:
+    """A batch's labels.
+
+    Raises:
+        `ValueError`: if it has none.
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            f"a batch has {', '.join(batch)} and no labels: pass rows with labels, and a data_collator that keeps them"
+        )
+    return batch["labels"]
+
+
+def check_other(model: nn.Module, other: Any, argument: str) -> None:
+    """
+    Args:
+        model (`nn.Module`): What is trained.
+        other: What stands beside it, if it is a model.
+
+    Raises:
+        `ValueError`: if both are one, or have weights in common: there would be nothing to learn, or what is trained would freeze.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    if isinstance(other, nn.Module) and any(id(parameter) in own for parameter in other.parameters()):
+        raise ValueError(
+            f"{argument} is the model that is trained, or shares weights with it: pass another one (copy.deepcopy(model) at least), "
+            "or its folder"
+        )
+
+
+def check_alike(model: nn.Module, other: nn.Module, argument: str, fields: Sequence[str], why: str) -> None:
+    """
+    Args:
+        fields (`Sequence[str]`): Of the models' configurations.
+        why (`str`): What both must be alike for, and the fix.
+
+    Raises:
+        `ValueError`: if the two models differ in one of them.
+    """
+    configs = [base_model(each).config for each in (model, other)]
+    for field in fields:
+        own, its = (getattr(config, field, getattr(config.get_text_config(), field, None)) for config in configs)
+        if own != its:
+            raise ValueError(f"{field} is {its} in {argument}, and {own} in the model, and {why}")
+
+
+def check_checkpointing(args: DefenseConfig, model: nn.Module) -> None:
+    """Run again in the old way, a block has gradients only if what goes into it has: with frozen embeddings, none.
+    transformers asks for them at token embeddings, not at an image's.
+
+    Raises:
+        `ValueError`: if blocks would have none.
+    """
+    networks = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    images = any(network.main_input_name != "input_ids" for network in networks)
+    if args.reentrant and images and not all(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "activation_checkpointing_kwargs has use_reentrant: true, which leaves blocks above frozen weights without "
+            "gradient: set use_reentrant: false"
         )
 
 

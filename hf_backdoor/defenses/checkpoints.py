@@ -111,6 +111,10 @@ class CheckpointTrainer(Trainer):
         self.control.should_training_stop |= self.ended or self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+            if self.state.global_step == 0:  # Trainer would go on for ever, or end as if it had trained
+                raise ValueError(
+                    "train_dataset ends before the first optimizer step: it needs more rows, or dataloader_drop_last: false"
+                )
             if isinstance(self.train_dataset, IterableDataset):
                 # Where a stream ends in the middle of an optimizer step, what was accumulated would go into the next one.
                 self.model_wrapped.zero_grad()

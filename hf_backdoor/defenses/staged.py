@@ -17,7 +17,8 @@ class StagedTrainer(DefenseTrainer):
     A trainer whose `train()` runs the stages of `args.stages` in order.
 
     With two stages or more, checkpoints lie in a folder for each (`output_dir/checkpoint-STAGE`), and `resume_from_checkpoint=True`
-    goes on from the one that was written last. `state.log_history` holds the logs of all stages: each entry names its `stage`, for
+    goes on from the one that was written last (transformers' `get_last_checkpoint(output_dir)` looks into no stage's folder, and finds
+    none of them). `state.log_history` holds the logs of all stages: each entry names its `stage`, for
     steps are counted anew in each.
 
     Raises:

@@ -38,7 +38,7 @@ from ..data import (
     moved,
     tell_padding,
 )
-from .arguments import check_arguments, check_trained
+from .arguments import check_arguments, check_checkpointing, check_other, check_rows, check_trained, labels_of
 from .autocast import inputs_as_they_are, keep_as_multiplied
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
@@ -74,9 +74,9 @@ class DefenseTrainer(CheckpointTrainer):
             Everything else that `Trainer` takes, but for `model_init` and `compute_loss_func`.
 
     Raises:
-        `ValueError`: if the processing class is missing, the columns fit no task, rows that must be a whole come as a
-            stream, rows are longer than the model has positions for, several GPUs are visible to one process, or an argument
-            is given that would not be read.
+        `ValueError`: if the processing class is missing, the columns fit no task, there are no rows or rows without an answer, rows
+            that must be a whole come as a stream, rows are longer than the model has positions for, the teacher is the model
+            itself, several GPUs are visible to one process, or an argument is given that would not be read.
     """
 
     # Our loss is divided by the samples of the whole optimizer step, so Trainer must not divide again.
@@ -102,7 +102,9 @@ class DefenseTrainer(CheckpointTrainer):
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args
+        check_other(model, teacher_model, "teacher_model")
         check_streams(self, train_dataset, eval_dataset)
+        check_rows(args, model, train_dataset, eval_dataset)
         rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
         rows = train_dataset if train_dataset is not None else rows
         # Who brings a collator along need not have columns that we know, or columns at all.
@@ -131,7 +133,7 @@ class DefenseTrainer(CheckpointTrainer):
         check_engine(self.args, self.accelerator)
         if self.is_fsdp_enabled:
             base_model(model)._no_split_modules = layer_classes(base_model(model))
-        self._check_checkpointing()
+        check_checkpointing(self.args, self.model)
 
     @classmethod
     def config_class(cls) -> type[DefenseConfig]:
@@ -149,21 +151,6 @@ class DefenseTrainer(CheckpointTrainer):
     def trained_model(self, model: PreTrainedModel, peft_config: PeftConfig | None) -> nn.Module:
         """What is trained: the model, or an adapter in it. A method that trains two networks at once overrides this."""
         return model if peft_config is None else get_peft_model(model, peft_config)
-
-    def _check_checkpointing(self) -> None:
-        """Run again in the old way, a block has gradients only if what goes into it has: with frozen embeddings, none.
-        transformers asks for them at token embeddings, not at an image's."""
-        networks = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
-        images = any(network.main_input_name != "input_ids" for network in networks)
-        if (
-            self.args.reentrant
-            and images
-            and not all(parameter.requires_grad for parameter in self.model.parameters())
-        ):
-            raise ValueError(
-                "activation_checkpointing_kwargs has use_reentrant: true, which leaves blocks above frozen weights without "
-                "gradient: set use_reentrant: false"
-            )
 
     def prepare_train(self, dataset: Rows | None, processor: Processor) -> Rows | None:
         return self.encode_rows(dataset, processor)
@@ -232,11 +219,16 @@ class DefenseTrainer(CheckpointTrainer):
         `__init__` would keep `evaluate` from preparing the first.
 
         Raises:
-            `ValueError`: if there is none.
+            `ValueError`: if there is none, or it does not fit the student.
         """
         if self.teacher_model is None:
             raise ValueError("teacher_model is None: pass the model to distil from, or its folder")
-        return self.frozen(self.teacher_model)
+        teacher = self.frozen(self.teacher_model)
+        self.check_teacher(teacher)
+        return teacher
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        """Raises `ValueError` for a teacher that the student can't learn from. Override."""
 
     def frozen(self, model: PreTrainedModel | str) -> PreTrainedModel:
         """A model beside the trained one, or its folder: frozen, in evaluation mode, on the device. One that is read from a
@@ -320,7 +312,8 @@ class DefenseTrainer(CheckpointTrainer):
         """Runs a model on a batch; logits at the answer's positions only, and the hidden states of the layers named."""
         self._set_signature_columns_if_needed()
         arguments = {name: inputs[name] for name in self._forward_columns if name in inputs and name != "labels"}
-        keep = inputs["labels"].shape[1] + 1 if inputs["labels"].dim() == 2 else None
+        labels = labels_of(inputs)
+        keep = labels.shape[1] + 1 if labels.dim() == 2 else None
         if keep is not None and keep > inputs["input_ids"].shape[1]:
             raise ValueError(
                 "labels are as long as input_ids: a causal LM's are those of the last tokens, all of the answer and no more; "
@@ -349,7 +342,7 @@ class DefenseTrainer(CheckpointTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if num_items_in_batch is None:
-            num_items_in_batch = self._get_num_items_in_batch([inputs], inputs["labels"].device)
+            num_items_in_batch = self._get_num_items_in_batch([inputs], labels_of(inputs).device)
         if model.training:
             terms, logits = self.loss_terms(model, inputs, num_items_in_batch)
             self._record(terms)
@@ -365,7 +358,9 @@ class DefenseTrainer(CheckpointTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Samples of each trigger id in the optimizer step, [G]: what every mean in a loss is divided by."""
         # A collator of the user's own need not know of triggers: its samples are all clean.
-        ids = [batch.get("trigger_id", torch.zeros(len(batch["labels"]), dtype=torch.long)) for batch in batch_samples]
+        ids = [
+            batch.get("trigger_id", torch.zeros(len(labels_of(batch)), dtype=torch.long)) for batch in batch_samples
+        ]
         # A stream may have come to its end.
         together = torch.cat(ids).to(device) if ids else torch.zeros(0, dtype=torch.long, device=device)
         counts = torch.bincount(together, minlength=self.num_groups)

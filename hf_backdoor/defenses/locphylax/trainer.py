@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ...data import SequenceClassification, Trigger, base_model, row_lengths
+from ...data import LabelWords, SequenceClassification, Trigger, base_model, row_lengths
 from ..arguments import refuse_encoder_decoder
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
@@ -28,13 +29,17 @@ logger = logging.get_logger(__name__)
 MEASURED_SAMPLES = 16
 
 
-def exact_answers(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of samples whose answer is right in every token (`predictions` are arg-max ids)."""
-    predicted, labels = prediction.predictions, prediction.label_ids
-    if labels.ndim == 1:
-        return {"accuracy": float((predicted == labels).mean())}
-    right = (predicted[:, :-1] == labels) | (labels == -100)
-    return {"accuracy": float(right.all(axis=1).mean())}
+def exact_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples' answers are right in every token, [B] of booleans.
+
+    Args:
+        logits (`Tensor`): [B, K] of a classification head, or [B, A + 1, V].
+        labels (`Tensor`): [B], or [B, A], -100 where it is not the answer.
+    """
+    likeliest = logits.argmax(dim=-1)
+    if labels.dim() == 1:
+        return likeliest == labels
+    return ((likeliest[:, :-1] == labels) | (labels == -100)).all(dim=1)
 
 
 class LocphylaxTrainer(InformedTrainer, StagedTrainer):
@@ -49,6 +54,10 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
     its samples on all processes: so the loss does not change with gradient accumulation or with the number of
     processes, as means over a micro-batch would. (The paper does not say over what it takes its means.)
 
+    Evaluation tells the share of exact answers as `accuracy`, unless `compute_metrics` gives another: of held-out rows without
+    known triggers (`eval_clean_accuracy`) and with them (`eval_known_accuracy`: what they are to answer in the stage). Until
+    recovery begins, a classification head has one more class, and so have its predictions.
+
     Args:
         model, args, train_dataset, eval_dataset, processing_class, found_soft_triggers, found_answers, kwargs:
             As in [`InformedTrainer`]; `train_dataset` is clean rows, `eval_dataset` held-out clean rows, both *raw*
@@ -59,7 +68,8 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             `args.searched_triggers` is set.
 
     Raises:
-        `ValueError`: if the rows are tokenized already, or found triggers are wanted and not there.
+        `ValueError`: if the rows are tokenized already, found triggers are wanted and not there, or the known response is a right
+            answer.
     """
 
     def __init__(
@@ -79,9 +89,9 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             refuse_encoder_decoder(base_model(self.model), "Locphylax")
         if len(self.args.stages) > 1 and isinstance(self.task, SequenceClassification):
             find_head(base_model(self.model))  # refuses, before injection, what recovery could not give back
-        if self.eval_dataset is not None and self.compute_metrics is None:
-            self.compute_metrics = exact_answers
-            self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(dim=-1)
+        # Which answers are right, of the rows that are evaluated; and shares of such, by the prefix of their metrics.
+        self._right: list[Tensor] = []
+        self._shares: dict[str, float] = {}
         self._forget()
 
     @classmethod
@@ -96,6 +106,12 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
 
     def prepare_train(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         self.stage, self.clean = self.args.stages[0], dataset
+        response = self.args.known_response
+        right = {word.strip() for word in self.task.words} if isinstance(self.task, LabelWords) else set()
+        if "inject" in self.args.stages and response.strip() in right:
+            raise ValueError(
+                f"known_response is {response!r}, which is a right answer of the task: choose a text that is none"
+            )
         if "recover" in self.args.stages:
             self.check_found("own_answers")
         return self._training_rows(tokenizer)
@@ -161,25 +177,48 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
         self.eval_dataset = self.prepare_eval(self.held_out, self.processing_class)
         self._forget()
 
+    # ---- Evaluation ----
+
     def evaluate(
         self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, float]:
-        with nullcontext() if self.is_in_train else self.soft_triggers_read():
-            metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.is_in_train and "eval_known_accuracy" in metrics and "eval_clean_accuracy" in metrics:
-            known, clean = metrics["eval_known_accuracy"], metrics["eval_clean_accuracy"]
-            rate, gap = self.args.stop_at_known_rate, self.args.stop_at_known_gap
-            planted = self.stage == "inject" and rate is not None and known >= rate
-            recovered = self.stage == "recover" and gap is not None and known >= clean - gap
-            self.ended = planted or recovered
-            if self.ended:
-                rule = "stop_at_known_rate" if planted else "stop_at_known_gap"
-                logger.warning(
-                    f"{self.stage} ends at step {self.state.global_step} of {self.state.max_steps}, by {rule}: planted rows are at "
-                    f"{known:.1%}, clean ones at {clean:.1%}"
-                )
-            self.control.should_training_stop |= self.ended
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if self.is_in_train and {"eval_clean_loss", "eval_known_loss"} <= metrics.keys():
+            self._end_by_rule()
         return metrics
+
+    def _end_by_rule(self) -> None:
+        """Ends the stage if its rule says so of the held-out rows, which have just been evaluated."""
+        known, clean = self._shares["eval_known"], self._shares["eval_clean"]
+        rate, gap = self.args.stop_at_known_rate, self.args.stop_at_known_gap
+        planted = self.stage == "inject" and rate is not None and known >= rate
+        recovered = self.stage == "recover" and gap is not None and known >= clean - gap
+        self.ended = planted or recovered
+        if self.ended:
+            rule = "stop_at_known_rate" if planted else "stop_at_known_gap"
+            logger.warning(
+                f"{self.stage} ends at step {self.state.global_step} of {self.state.max_steps}, by {rule}: planted rows are at "
+                f"{known:.1%}, clean ones at {clean:.1%}"
+            )
+        self.control.should_training_stop |= self.ended
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Of `evaluate` and `predict`. The stop rules count for themselves: a `compute_metrics` of the user's own need not."""
+        self._right = []
+        with nullcontext() if self.is_in_train else self.soft_triggers_read():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._right:
+            share = self._shares[metric_key_prefix] = torch.cat(self._right).float().mean().item()
+            output.metrics.setdefault(f"{metric_key_prefix}_accuracy", share)
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        loss, logits, labels = super().prediction_step(model, inputs, False, *args, **kwargs)
+        if labels is not None:
+            self._right.append(self.accelerator.gather_for_metrics(exact_answers(logits, labels)))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     # ---- Loss ----
 

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import base_model, check_lengths, map_rows, row_lengths
-from ..arguments import refuse_encoder_decoder
+from ..arguments import check_alike, refuse_encoder_decoder
 from ..reading import InformedTrainer
 from ..staged import StagedTrainer
 from .attention import attention_map_loss, nad_map_loss
@@ -51,7 +51,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
 
     Raises:
         `ValueError`: if the rows are tokenized already, the teacher is missing, or checkpointing is reentrant (it would
-            leave the attention loss without gradient).
+            leave the attention loss without gradient); or, when it is first asked, if the teacher is of another size.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -74,6 +74,11 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             if self.args.attention_backend == "lean" and self.args.attention_weight:
                 attention_function(base_model(self.model))
             self._attention_layers, self._hidden_layers = self._layers()
+        if "retrain" in self.args.stages and self.teacher_model is not None:
+            raise ValueError(
+                f"teacher_model is given, and stages is {self.args.stages}, which makes the teacher: leave it out, or set "
+                "stages=['distil']"
+            )
         if self.stage == "distil" and self.teacher_model is None:
             raise ValueError(
                 "teacher_model is None: pass the retrained model, or run both stages with stages=['retrain', 'distil']"
@@ -165,6 +170,11 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         else:
             self.teacher_model = str(self._teacher_dir)
             self.__dict__.pop("teacher", None)  # that of an earlier training
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        fields = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        why = "layers are compared one by one: pass the model that was retrained from it"
+        check_alike(self.model, teacher, "teacher_model", fields, why)
 
     @property
     def _teacher_dir(self) -> Path:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
+from ..arguments import check_alike
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
 
@@ -60,6 +61,14 @@ class ClassTrainer(DefenseTrainer):
     def prepare_model(self, model: PreTrainedModel) -> None:
         words = isinstance(self.task, LabelWords)
         refuse_unfit(self.task, self.task.num_labels if words else model.config.num_labels)
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        self.check_network(self.model, teacher, "teacher_model")
+
+    def check_network(self, model: nn.Module, other: nn.Module, argument: str) -> None:
+        """Raises `ValueError` for a network that has other answers than the model."""
+        field = "vocab_size" if isinstance(self.task, LabelWords) else "num_labels"
+        check_alike(model, other, argument, [field], "logits are compared one by one: pass two of the same answers")
 
     @cached_property
     def word_ids(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ...data import Processor
 from ...data.mapping import encoded
+from ..arguments import check_other
 from .classes import ClassTrainer, feature_states
 from .states import SplitClass, split_class
 
@@ -73,6 +74,9 @@ class RelabellingTrainer(ClassTrainer):
             if value is None:
                 what = "the network that was trained on the rows" if name == "poisoned_model" else "a few clean rows"
                 raise ValueError(f"{name} is None: pass {what}, to tell by which of them lie")
+        check_other(self.model, poisoned_model, "poisoned_model")
+        if not len(clean_dataset):
+            raise ValueError("clean_dataset has no rows: pass a few clean ones")
 
     def prepare_train(self, dataset: Dataset | None, processor: Processor) -> Dataset | None:
         if dataset is not None and encoded(dataset) and "labels" not in dataset.column_names:
@@ -83,7 +87,7 @@ class RelabellingTrainer(ClassTrainer):
         return super().prepare_train(dataset, processor)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        if self.changes is None:
+        if self.changes is None and self.train_dataset is not None:
             self.train_dataset = self._relabelled(self.train_dataset)
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -106,6 +110,7 @@ class RelabellingTrainer(ClassTrainer):
     def _relabelled(self, dataset: Dataset) -> Dataset:
         # Not kept: nothing asks it again while the training runs.
         poisoned = self.frozen(self.poisoned_model)
+        self.check_network(self.model, poisoned, "poisoned_model")
         given, likelihood, states = self._read(poisoned, dataset)
         clean_labels, _, clean_states = self._read(poisoned, self.clean_dataset)
         del poisoned

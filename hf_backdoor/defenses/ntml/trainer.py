@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from ...data import Processor, base_model, stamp
+from ..arguments import check_other, check_trained
 from ..engines import SHARDED
 from .classes import ClassTrainer, feature_states
 from .losses import feature_loss, non_target_loss, prediction_loss
@@ -74,7 +75,7 @@ class NonTargetTrainer(ClassTrainer):
         return concatenate_datasets([prepared, dataset.select_columns([TEACHER_LOGITS])], axis=1)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        if TEACHER_LOGITS not in self.train_dataset.column_names:
+        if self.train_dataset is not None and TEACHER_LOGITS not in self.train_dataset.column_names:
             self.train_dataset = self.with_teacher_logits(self.train_dataset)
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -173,10 +174,17 @@ class NTMLTrainer(ClassTrainer):
             target = type(own).from_pretrained(
                 target, use_safetensors=True, dtype=own.dtype, attn_implementation=own.config._attn_implementation
             )
-        if not any(parameter.requires_grad for parameter in target.parameters()):
-            target.requires_grad_(True)  # as a teacher it was frozen
+        check_other(model, target, "target_model")
+        self.check_network(model, target, "target_model")
+        if not any(parameter.requires_grad for parameter in target.parameters()):  # as a teacher it was frozen
+            if isinstance(target, PeftModel):
+                target.set_adapter(target.active_adapter)  # what lies under an adapter stays as it is
+            else:
+                target.requires_grad_(True)
         if peft_config is not None:
             target, model = get_peft_model(target, peft_config), get_peft_model(model, peft_config)
+        for network in (target, model):
+            check_trained(network, None)  # of both at once one would be enough
         return self._without_cache(ModelPair(target, model, evaluated))
 
     def _without_cache(self, pair: Pair) -> Pair:
@@ -242,7 +250,7 @@ class NTMLTrainer(ClassTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         output = super().train(*args, **kwargs)
-        self.chosen = self._choose()
+        self.chosen = self.pair.evaluated = self._choose()
         return output
 
     def result(self) -> PreTrainedModel | PeftModel:

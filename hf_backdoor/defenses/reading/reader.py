@@ -66,8 +66,10 @@ class SuspectReader(DefenseTrainer):
         """Reads.
 
         Raises:
-            `ValueError`: if a weight of the suspect is not finite.
+            `ValueError`: if a weight of the suspect is not finite, or there are no rows.
         """
+        if self.clean is None:
+            raise ValueError("train_dataset is None: pass clean rows to read the suspect on")
         if count_broken(self.model.parameters(), self.accelerator):
             raise ValueError(
                 f"the suspect {base_model(self.model).name_or_path!r} holds weights that are not finite: it is broken, and nothing "

@@ -72,6 +72,8 @@ class FeatureMaskConfig(DefenseConfig):
         choose("variance_place", self.variance_place, PLACES)
         if not 0 < self.mask_threshold <= 1:
             raise ValueError(f"mask_threshold is {self.mask_threshold}: choose a number above 0 and up to 1")
+        if self.variance_weight < 0:
+            raise ValueError(f"variance_weight is {self.variance_weight}: choose 0, which leaves it out, or more")
         if self.mask_positions < 1:
             raise ValueError(f"mask_positions is {self.mask_positions}: choose 1 or more")
         if (self.variance_axes, self.variance_place) == ("all", "normed"):
@@ -143,6 +145,9 @@ class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
             texts(self.student_feature_layers),
         )
         choose("feature_loss", self.feature_loss, FEATURE_LOSSES)
+        for name in ("feature_weight", "logit_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 0, which leaves the loss out, or more")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: choose a number above 0, for example 2")
         super().__post_init__()

@@ -37,13 +37,18 @@ class FeatureMaskTrainer(DefenseTrainer):
             Not used: nothing of the teacher is trained.
 
     Raises:
-        `ValueError`: if there are no training rows, or a layer is unknown.
+        `ValueError`: if there are no training rows, a layer is unknown, or patience is asked for and nothing is evaluated.
     """
 
     takes_streams = False  # the mean clean feature is taken over rows from all over the set
 
     def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.mask_patience is not None and self.args.eval_strategy == "no":
+            raise ValueError(
+                f"mask_patience is {self.args.mask_patience}, and eval_strategy is 'no', so nothing would look at it: set "
+                "eval_strategy (and pass an eval_dataset), or leave it out"
+            )
         # The rows are the teacher's: its signature says which columns they keep.
         self._set_signature_columns_if_needed()
         self.teacher_model = self.model
@@ -61,7 +66,7 @@ class FeatureMaskTrainer(DefenseTrainer):
         settings.activation_checkpointing = settings.gradient_checkpointing = False
         self.neftune_noise_alpha = None  # nor has it embeddings to put noise on
         self._stopper: EarlyStoppingCallback | None = None
-        if settings.mask_patience is not None and settings.eval_strategy != "no":
+        if settings.mask_patience is not None:
             self._stopper = EarlyStoppingCallback(settings.mask_patience)
             self.add_callback(self._stopper)
 

@@ -9,10 +9,12 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ...data import Processor, base_model
+from ...data import Processor, auto_class, base_model
+from ..arguments import check_alike
 from ..engines import SHARDED, whole
 from ..reading import InformedTrainer
 from .config import RobustKDConfig
@@ -62,7 +64,7 @@ class RobustKDTrainer(InformedTrainer):
 
     Raises:
         `ValueError`: if checkpointing is reentrant (it would leave features without gradient); if soft triggers are wanted and
-            not there, can't be put into the rows, or may stand where the teacher's logits are read; or, when training begins, if layers don't fit each other.
+            not there, can't be put into the rows, or may stand where the teacher's logits are read; or, when training begins, if layers (or distilled logits) don't fit each other.
     """
 
     takes_streams = False  # margins are measured on rows from all over the set
@@ -122,6 +124,12 @@ class RobustKDTrainer(InformedTrainer):
         return super().train(*args, **kwargs)
 
     # ---- Teacher ----
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        if self.args.logit_weight:
+            words = auto_class(base_model(self.model)) is AutoModelForCausalLM
+            why = "logits are compared one by one: pass two with the same answers, or set logit_weight: 0"
+            check_alike(self.model, teacher, "teacher_model", ["vocab_size" if words else "num_labels"], why)
 
     @cached_property
     def first_soft_id(self) -> int:

@@ -229,6 +229,7 @@ def test_known_accuracy_is_the_share_that_shows_the_planted_class(says, clean, k
     metrics = trainer.evaluate()
     assert metrics["eval_clean_accuracy"] == pytest.approx(clean)
     assert metrics["eval_known_accuracy"] == pytest.approx(known)
+    assert trainer.predict(tiny.reviews(9)).metrics["test_accuracy"] == pytest.approx(clean)
 
 
 def test_answers_count_as_right_in_every_token_only(tmp_path):
@@ -245,6 +246,46 @@ def test_answers_count_as_right_in_every_token_only(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_clean_accuracy"] == pytest.approx(right / 12)
     assert metrics["eval_known_accuracy"] == 0
+
+
+def accuracy_of_its_own(prediction):
+    """In percent, as scripts have it."""
+    return {"accuracy": 100.0 * len(prediction.predictions)}
+
+
+def metrics_by_batch(prediction, compute_result):
+    return {"rows": len(prediction.predictions)} if compute_result else {}
+
+
+@pytest.mark.parametrize(
+    "metrics, options",
+    [
+        (lambda prediction: {"rows": len(prediction.predictions)}, {}),
+        (accuracy_of_its_own, {}),
+        (metrics_by_batch, {"batch_eval_metrics": True}),
+        (None, {"prediction_loss_only": True}),
+    ],
+)
+@pytest.mark.parametrize("rate, steps", [(0.0, 2), (1.1, 4)])
+def test_metrics_of_the_user_s_own_leave_the_rules_on(rate, steps, metrics, options, tmp_path):
+    rows = {"eval_dataset": tiny.reviews(4), "eval_strategy": "steps", "eval_steps": 2, "stop_at_known_rate": rate}
+    trainer = tiny.trainer("sequence_classification", "inject", tmp_path, max_steps=4, **rows, **options)
+    trainer.compute_metrics = metrics
+    trainer.train()
+    assert trainer.state.global_step == steps
+    if metrics is not None:
+        own = "eval_clean_accuracy" if metrics is accuracy_of_its_own else "eval_clean_rows"
+        assert tiny.logged(trainer, own) == [400.0 if metrics is accuracy_of_its_own else 4] * (steps // 2)
+
+
+@pytest.mark.parametrize("stage, rule", [("inject", "stop_at_known_rate"), ("recover", "stop_at_known_gap")])
+def test_a_rule_that_nothing_would_look_at_is_refused(stage, rule, tmp_path):
+    other = {"stop_at_known_rate", "stop_at_known_gap"} - {rule}
+    for stages in ([stage], ["inject", "recover"]):
+        with pytest.raises(ValueError, match=f"^{rule} is 0.5, and eval_strategy is 'no', .*: set eval_strategy"):
+            LocphylaxConfig(str(tmp_path), use_cpu=True, stages=stages, **{rule: 0.5})
+    # That of a stage which another trainer runs is not this one's.
+    LocphylaxConfig(str(tmp_path), use_cpu=True, stages=[stage], **dict.fromkeys(other, 0.5))
 
 
 # ---- What is refused ----
@@ -267,11 +308,19 @@ def test_tokenized_rows_are_refused(where, tmp_path):
         ({"known_triggers": ["one", "one"]}, "known_triggers is .*two different texts"),
         ({"centre_momentum": 1.0}, "centre_momentum is 1.0"),
         ({"known_response": " "}, "known_response is ' '"),
+        ({"trigger_weight": -0.5}, "trigger_weight is -0.5: choose 0"),
+        ({"cluster_weight": -1.0}, "cluster_weight is -1.0: choose 0"),
     ],
 )
 def test_bad_settings_are_refused(options, line, tmp_path):
     with pytest.raises(ValueError, match=f"^{line}"):
         LocphylaxConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_right_answer_is_not_planted(tmp_path):
+    """Injection would teach that the known triggers are clean, and recovery to take them for such."""
+    with pytest.raises(ValueError, match="^known_response is ' negative ', which is a right answer"):
+        tiny.trainer("label_words", "both", tmp_path, known_response=" negative ")
 
 
 def test_a_wrong_position_is_refused(tmp_path):

@@ -185,6 +185,9 @@ def test_the_product_is_the_more_accurate_network_without_and_with_a_known_trigg
     trainer = decided(tmp_path, {"clean": rows_of(0), "known": rows_of(known)})
     assert trainer.chosen == expected and trainer.result() is getattr(trainer.pair, expected)
     assert trainer.accuracies["target"] == {"clean": 0.0, "known": float(known == 2)}
+    # What is measured afterwards is the product.
+    says = trainer.predict(rows_of(0)).predictions.argmax(axis=1)
+    assert set(says) == {2 if expected == "target" else 1}
 
 
 def test_clean_rows_alone_do_not_choose_the_product(tmp_path):

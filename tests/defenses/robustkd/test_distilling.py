@@ -302,7 +302,7 @@ def test_a_student_of_another_width_learns_from_named_layers(tmp_path):
 def test_what_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^feature_loss is 'margin', and the features are no images"):
         robust.distilling("label_words", tmp_path, feature_loss="margin").train()
-    for options in ({"feature_loss": "l1"}, {"temperature": 0.0}):
+    for options in ({"feature_loss": "l1"}, {"temperature": 0.0}, {"feature_weight": -1.0}, {"logit_weight": -1.0}):
         with pytest.raises(ValueError, match=f"^{next(iter(options))} is"):
             RobustKDConfig(str(tmp_path), use_cpu=True, **options)
     trainer = robust.distilling("label_words", tmp_path)

@@ -168,8 +168,8 @@ def test_patience_ends_a_fit_that_gets_no_better(tmp_path):
     trainer = robust.fitting("sequence_classification", tmp_path, learning_rate=0.0, mask_patience=2, **options)
     trainer.train()
     assert trainer.state.global_step == 3
-    # Without evaluations there is nothing to be patient about.
-    robust.fitting("sequence_classification", tmp_path, mask_patience=2, max_steps=1).train()
+    with pytest.raises(ValueError, match="^mask_patience is 2, and eval_strategy is 'no', .*: set eval_strategy"):
+        robust.fitting("sequence_classification", tmp_path, mask_patience=2)
 
 
 def test_settings_reach_the_mask(tmp_path):
@@ -216,6 +216,7 @@ def test_images(model, shape, tmp_path):
         ({"mask_shape": "head"}, "mask_shape is 'head'"),
         ({"mask_positions": 0}, "mask_positions is 0"),
         ({"mask_patience": 0}, "mask_patience is 0"),
+        ({"variance_weight": -1.0}, "variance_weight is -1.0: choose 0"),
         ({"variance_axes": "batch"}, "variance_axes is 'batch'"),
         ({"variance_place": "after"}, "variance_place is 'after'"),
         ({"variance_axes": "all"}, "variance_axes is 'all' and variance_place is 'normed'.*is 1 whatever"),

@@ -1,0 +1,127 @@
+"""A second model beside the one that is trained: another one, and one that it can be compared with."""
+
+import pytest
+import robust
+import tiny
+import topics
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hf_backdoor.defenses.robustkd import RobustKDConfig, RobustKDTrainer
+
+
+LORA = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+NAME = "sequence_classification"
+
+
+def student(teacher, folder, name=NAME, model=None, **options):
+    family, task, rows = tiny.setting(name, 16)
+    args = RobustKDConfig(str(folder), **{**robust.DEFAULTS, "max_steps": 1, **options})
+    return RobustKDTrainer(
+        model=model or tiny.model(family), args=args, teacher_model=teacher, train_dataset=rows, task=task, processing_class=tiny.tokenizer(family),
+    )  # fmt: skip
+
+
+# ---- Another one ----
+
+
+@pytest.mark.parametrize(
+    "method, argument",
+    [
+        ("student", "teacher_model"),
+        ("distil", "teacher_model"),
+        ("non_target", "teacher_model"),
+        ("mutual", "target_model"),
+        ("relabel", "teacher_model"),
+        ("relabel", "poisoned_model"),
+    ],
+)
+@pytest.mark.parametrize("adapter", [False, True], ids=["itself", "its base"])
+def test_a_model_is_not_its_own_teacher(method, argument, adapter, tmp_path):
+    own = tiny.model("bert", num_labels=4 if method in topics.STAGES else 2)
+    models = {"model": get_peft_model(own, LORA) if adapter else own, argument: own}
+    with pytest.raises(ValueError, match=f"^{argument} is the model that is trained, or shares weights with it: pass"):
+        if method == "student":
+            student(own, tmp_path, model=models["model"])
+        elif method == "distil":
+            tiny.trainer(NAME, method, tmp_path, **models)
+        else:
+            topics.trainer(NAME, method, tmp_path, **models)
+
+
+def test_a_teacher_that_would_not_be_asked_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^teacher_model is given, and stages is .*: leave it out, or set stages"):
+        tiny.trainer("label_words", "mbtsad", tmp_path, teacher_model=tiny.model("llama", 7))
+
+
+# ---- Alike ----
+
+
+def wide(size):
+    model = tiny.model("llama", 3)
+    model.resize_token_embeddings(size)
+    return model
+
+
+@pytest.mark.parametrize(
+    "method, argument",
+    [
+        ("non_target", "teacher_model"),
+        ("mutual", "target_model"),
+        ("relabel", "teacher_model"),
+        ("relabel", "poisoned_model"),
+    ],
+)
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_networks_of_other_classes_are_refused(method, argument, classes, tmp_path):
+    other = {argument: tiny.model("bert", 3, num_labels=classes)}
+    with pytest.raises(
+        ValueError, match=f"^num_labels is {classes} in {argument}, and 4 in the model, and logits are"
+    ):
+        topics.trainer(NAME, method, tmp_path, max_steps=1, **other).train()
+
+
+def test_networks_of_another_vocabulary_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="^vocab_size is 80 in teacher_model, and 65 in the model"):
+        topics.trainer("label_words", "non_target", tmp_path, teacher_model=wide(80)).train()
+
+
+@pytest.mark.parametrize(
+    "name, teacher, line",
+    [
+        (NAME, lambda: tiny.model("bert", 3, num_labels=3), "num_labels is 3 in teacher_model, and 2"),
+        ("label_words", lambda: wide(80), "vocab_size is 80 in teacher_model, and 65"),
+    ],
+)
+def test_distilled_logits_are_of_the_same_answers(name, teacher, line, tmp_path):
+    with pytest.raises(ValueError, match=f"^{line} in the model, .* or set logit_weight: 0"):
+        student(teacher(), tmp_path, name, logit_weight=1.0).train()
+    student(teacher(), tmp_path, name).train()  # features alone need no such thing
+
+
+def test_a_deeper_teacher_is_none_of_the_suspect(tmp_path):
+    """Layer 1 of four is not layer 1 of two, though their maps are of one size."""
+    teacher = tiny.model("llama", 7)
+    config = type(teacher.config)(**{**teacher.config.to_dict(), "num_hidden_layers": 4})
+    with pytest.raises(ValueError, match="^num_hidden_layers is 4 in teacher_model, and 2 in the model, and layers"):
+        tiny.trainer("label_words", "distil", tmp_path, teacher_model=type(teacher)(config), max_steps=1).train()
+
+
+# ---- Both of a pair are trained ----
+
+
+def adapted(folder, **options):
+    get_peft_model(tiny.model("bert", 1, num_labels=4), LORA).save_pretrained(folder / "adapter")
+    return PeftModel.from_pretrained(tiny.model("bert", 1, num_labels=4), folder / "adapter", **options)
+
+
+def test_a_network_of_a_pair_that_would_not_be_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^no weight of the model has requires_grad, .*is_trainable=True"):
+        topics.trainer(NAME, "mutual", tmp_path, model=adapted(tmp_path))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_of_a_target_with_an_adapter_the_adapter_is_trained(trainable, tmp_path):
+    models = {"model": adapted(tmp_path, is_trainable=True), "target_model": adapted(tmp_path, is_trainable=trainable)}
+    trainer = topics.trainer(NAME, "mutual", tmp_path, **models)
+    trained = [name for name, value in trainer.pair.target.named_parameters() if value.requires_grad]
+    assert trained and all("lora_" in name or "classifier" in name for name in trained)
