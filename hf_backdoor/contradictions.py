@@ -5,6 +5,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import is_liger_kernel_available
 
 from .data import ImageClassification, ImageTrigger, LabelWords
@@ -124,6 +126,10 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
+    if recipe.push_to_hub and not is_repo_id(recipe.hub_model_id):
+        raise ValueError(
+            f"hub_model_id is {recipe.hub_model_id!r}, which no repository on the Hub can have: write ORG/NAME"
+        )
     if recipe.push_to_hub and recipe.method is None:
         raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
     if recipe.attack == "ep" and recipe.attack_trigger is not None and recipe.reference in (None, "base"):
@@ -324,6 +330,14 @@ def check_machine(recipe: Recipe) -> None:
         raise ValueError(
             "use_liger_kernel is True, and liger-kernel is not installed: pip install liger-kernel, or leave it out"
         )
+
+
+def is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def choose(recipe: Recipe, key: str, allowed: Iterable[str]) -> None:

@@ -79,6 +79,7 @@ class Recipe:
         > Evaluation and output
         evaluate_stages (`bool`): Measures the models between stages too.
         max_new_tokens (`int`): Length of free answers in the evaluation. eval_batch_size (`int`): Its rows a batch.
+        license (`str`, *optional*): Of the model card: the suspect's by default, where it is a folder whose README.md says so.
         output_dir, seed, push_to_hub, hub_model_id, hub_private_repo: As in `TrainingArguments`, for the whole run.
     """
 
@@ -142,6 +143,7 @@ class Recipe:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+    license: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property

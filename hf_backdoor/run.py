@@ -340,7 +340,7 @@ def run(recipe: Recipe, until: str | None = None) -> Results | None:
         if first:
             write_report(folder)
             if recipe.push_to_hub:
-                publish(folder, recipe.hub_model_id, private=bool(recipe.hub_private_repo))
+                publish(folder, recipe.hub_model_id, private=recipe.hub_private_repo)
     return results
 
 

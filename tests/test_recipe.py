@@ -202,6 +202,10 @@ def test_stages_are_checked_like_the_rest():
         ),
         ({"save_only_model": True}, "save_only_model is true: a run that is killed could not go on"),
         ({"push_to_hub": True}, "push_to_hub is true without hub_model_id"),
+        (
+            {**DEFENSE, "push_to_hub": True, "hub_model_id": "me/my model"},
+            "hub_model_id is 'me/my model', which no repository",
+        ),
         ({"reference": "train"}, "reference is 'train' without an attack"),
         ({**ATTACK, "poison_rate": 1.5}, "poison_rate is 1.5"),
         ({**ATTACK, "poison_style": "dirty"}, "poison_style is 'dirty'"),
