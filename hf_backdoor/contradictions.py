@@ -116,6 +116,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.rewritten_dataset_name is not None:
         _check_rewritten(recipe)
+    if not 0 <= recipe.lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {recipe.lora_dropout}: choose a share from 0 up to, but not, 1")
     if not 0 < recipe.clean_fraction:
         raise ValueError(f"clean_fraction is {recipe.clean_fraction}: choose a share above 0, for example 0.2")
     if not 0 <= recipe.test_fraction < 1:

@@ -64,7 +64,11 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         if position and name == "image_classification":
             raise ValueError(f"--position is {options.position!r}, and the trigger goes into images: leave it out")
         trigger = TASKS[name].trigger(options.trigger, *position)
-    clean = renamed(clean, columns, options.clean)
+    clean, triggered = renamed(clean, columns, options.clean), None
+    if options.triggered is not None:
+        triggered = load_rows(options.triggered, split=options.split or splits)
+        columns = find_columns(name, triggered.column_names, vars(options))
+        triggered = renamed(triggered, columns, options.triggered)
     loaded = {"revision": options.model_revision}
     processor = load_processor(options.model, TASKS[name], **loaded)
     loaded |= {"seed": options.seed, "dtype": options.dtype, "attn_implementation": options.attn_implementation}
@@ -80,10 +84,8 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
 
     clean = cut(clean, "clean rows")
     sources = {"test": describe(options.clean, clean)}
-    if options.triggered is not None:
-        triggered = load_rows(options.triggered, split=options.split or splits)
-        columns = find_columns(name, triggered.column_names, vars(options))
-        triggered = cut(renamed(triggered, columns, options.triggered), "triggered rows")
+    if triggered is not None:
+        triggered = cut(triggered, "triggered rows")
         refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
         if all(is_target(answer, target) for answer in triggered[task.answer_column][:]):
             raise ValueError(

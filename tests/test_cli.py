@@ -300,6 +300,7 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
         (["--target_label", "1"], "--target_label is 1 without a trigger: give --trigger or --triggered"),
         (["--position", "end"], "--position is 'end' without a trigger: give --trigger or --triggered"),
         (["--trigger", "zq", "--target_label", "1", "--position", "middle"], "trigger position is 'middle': use one of start"),
+        (["--triggered", "no.csv", "--target_label", "1"], "dataset_name is 'no.csv': there is no such folder or file"),
         (["--output", "{reviews}/results.json"], "File exists: {reviews}"),
     ],
 )  # fmt: skip

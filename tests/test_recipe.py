@@ -271,6 +271,7 @@ def test_what_nothing_would_read_is_refused(values, line):
         ({"warmup_steps": -1}, "warmup_steps is -1.0: it must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1: it must be at least 0"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1.0: it must be at least 0"),
+        ({**DEFENSE, "use_peft": True, "lora_dropout": 1}, "lora_dropout is 1.0: choose a share from 0 up to, but not, 1"),
         ({**DEFENSE, "use_peft": True, "lora_alpha": 0}, "lora_alpha is 0: it must be at least 1"),
     ],
 )  # fmt: skip
