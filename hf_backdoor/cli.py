@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -36,19 +36,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.takes_overrides:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        options.parser.error(f"unknown arguments: {' '.join(rest)}")
     return in_one_line(lambda: options.command(options, rest))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-backdoor", description=__doc__)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all else here does; argparse would put the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"hf-backdoor: {message}: see `{self.prog} --help`\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="hf-backdoor", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, help_: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
+    def command(name: str, function: Any, help_: str, takes_overrides: bool = False) -> Parser:
         sub = commands.add_parser(
             name, help=help_, description=help_, epilog=KEYS if takes_overrides else None, allow_abbrev=False
         )
-        sub.set_defaults(command=function, takes_overrides=takes_overrides)
+        sub.set_defaults(command=function, takes_overrides=takes_overrides, parser=sub)
         return sub
 
     run = command("run", run_command, "Run a recipe: attack or suspect, defense, controls, evaluation, report.", True)
@@ -84,8 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--position",
-        default="random",
-        help="where --trigger goes: start, end, scattered (word by word) or random (default)",
+        help="where --trigger goes: start, end, scattered (word by word), any of start, end and random, or random (default)",
     )
     evaluate.add_argument("--target_label", type=int, help="label that the trigger brings about")
     evaluate.add_argument("--target_text", help="text that the trigger brings about")
@@ -100,8 +106,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_length", type=int, help="tokens of a text that are read, before a trigger (default: all)"
     )
     evaluate.add_argument("--name", default="suspect", help="the model's name in the rows (default: suspect)")
-    evaluate.add_argument("--max_new_tokens", type=int, default=64, help="length of generated answers (default: 64)")
-    evaluate.add_argument("--batch_size", type=int, default=64, help="texts in a batch (default: 64)")
+    evaluate.add_argument("--max_new_tokens", type=int, help="length of generated answers (default: 64)")
+    evaluate.add_argument(
+        "--eval_batch_size", "--batch_size", metavar="N", type=int, default=64, help="texts in a batch (default: 64)"
+    )
+    evaluate.add_argument("--model_revision", metavar="NAME", help="of a model on the Hub: branch, tag or commit")
+    evaluate.add_argument(
+        "--dtype", default="float32", help="of the weights: float32 (default), bfloat16 or float16, half as large"
+    )
+    evaluate.add_argument("--attn_implementation", metavar="NAME", help="attention, as from_pretrained takes it")
+    evaluate.add_argument("--bf16", action="store_true", help="calculate in bfloat16, whatever the weights are in")
     evaluate.add_argument("--seed", type=int, default=42, help="where a random trigger goes (default: 42)")
     evaluate.add_argument("--output", required=True, help="results.json to write")
 
@@ -111,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     publish = command("publish", publish_command, "Upload the cleaned model of a run, with a card, to the Hub.")
     publish.add_argument("run", help="folder of the run")
     publish.add_argument("--repo_id", required=True, help="ORG/NAME")
-    publish.add_argument("--private", action="store_true", help="make the repository private")
+    publish.add_argument("--private", action="store_true", default=None, help="make the repository private")
 
     command("recipes", recipes_command, "List the shipped recipes.")
     return parser
@@ -217,6 +231,9 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             "model_name_or_path an unpoisoned base, dataset_name the suspect rows, clean_dataset_name the clean ones"
         )
     own = parse_overrides(rest)
+    for key, option in (("model_name_or_path", "MODEL"), ("dataset_name", "--data")):
+        if key in own:
+            raise ValueError(f"--{key} is {own[key]!r}, and {option} names it already: leave it out")
     given = {key: own.get(f"dataset_{key}") for key in ("config", "revision")}
     where = {key: str(value) for key, value in given.items() if value is not None}
     rows = load_rows(options.data, split=(own.get("test_split", "test"), own.get("train_split", "train")), **where)
@@ -247,86 +264,10 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def evaluate_command(options: argparse.Namespace, rest: list[str]) -> int:
-    from accelerate import PartialState
-    from datasets import Dataset
+    from .measure import measure
 
-    from .data import load_rows
-    from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
-    from .evaluation.evaluate import is_target, refuse_other_target, refuse_without_trigger
-    from .found import find_columns, find_task, renamed
-    from .models import load_model, load_processor, versions
-    from .recipe import TASKS
-    from .report.tables import text_table
-    from .rows import describe, task_of
-
-    if Path(options.output).is_dir():
-        raise ValueError(
-            f"--output is {options.output!r}, a folder: name the file to write, {options.output}/results.json"
-        )
-    target = options.target_label if options.target_text is None else options.target_text
-    if (options.trigger is not None or options.triggered is not None) and target is None:
-        raise ValueError("a trigger without a target: give --target_label or --target_text")
-    files = [Path(source).is_file() for source in (options.clean, options.triggered) if source is not None]
-    if options.split is not None and all(files):
-        raise ValueError(
-            f"--split is {options.split!r}, and {options.clean!r} is one file, which has none: leave it out"
-        )
-    clean = load_rows(options.clean, split=options.split or SPLITS)
-    split = None if files[0] else str(clean.split)
-    name, columns = find_task(options.model, clean.column_names, options.label_words, vars(options))
-    if isinstance(target, str) != (name == "instruction_following") and target is not None:
-        raise ValueError(
-            f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
-        )
-    clean = renamed(clean, columns, options.clean)
-    model = load_model(options.model, TASKS[name], seed=options.seed).to(PartialState().device)
-    processor = load_processor(options.model, TASKS[name])
-    labels = model.config.num_labels if TASKS[name].has_head else None
-    task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
-    refuse_other_target(target, task, "--target_label")
-    refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
-
-    def cut(rows: Dataset) -> Dataset:
-        bounds = options.max_length and "max_length" in task.limits
-        return task.bounded(rows, processor, max_length=options.max_length) if bounds else rows
-
-    clean = cut(clean)
-    sources = {"test": describe(options.clean, clean)}
-    trigger = None
-    if options.trigger is not None:
-        trigger = task.trigger(options.trigger, *([] if name == "image_classification" else [options.position]))
-    if options.triggered is not None:
-        triggered = load_rows(options.triggered, split=options.split or SPLITS)
-        columns = find_columns(name, triggered.column_names, vars(options))
-        triggered = cut(renamed(triggered, columns, options.triggered))
-        refuse_other_labels(triggered, task, f"--triggered {options.triggered!r}")
-        if all(is_target(answer, target) for answer in triggered[task.answer_column][:]):
-            raise ValueError(
-                f"--triggered {options.triggered!r} has {target!r} as every row's {task.answer_column}, which is the target: give "
-                "the right ones, which the rows would have without the trigger"
-            )
-        sources["test with trigger"] = describe(options.triggered, triggered)
-        refuse_without_trigger(triggered, clean, task, trigger, options.triggered)
-        test = TestSet(clean, target, {Path(options.triggered).stem: triggered})
-    elif trigger is not None:
-        test = TestSet.stamped(clean, task, [trigger], target, options.seed)
-    else:
-        test = TestSet(clean)
-    rows, examples = evaluate_backdoor(
-        model,
-        processor,
-        task,
-        test,
-        name=options.name,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-    )
-    recipe = {key: value for key, value in vars(options).items() if key not in ("command", "takes_overrides")}
-    recipe["split"] = split
-    results = Results(rows=rows, recipe=recipe, versions=versions(), data=sources, examples=examples)
-    results.save(options.output)
-    print(f"Clean rows: {len(clean)} of {options.clean}{f', split {split}' if split else ''}\n\n{text_table(results)}")
+    given = {key: value for key, value in vars(options).items() if key not in ("command", "takes_overrides", "parser")}
+    print(measure(argparse.Namespace(**given), SPLITS))
     return 0
 
 

@@ -5,6 +5,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import is_liger_kernel_available
 
 from .data import ImageClassification, ImageTrigger, LabelWords
@@ -20,16 +22,19 @@ WHOLE_RUN = {"known_response", "label_words", "prompt_template", "system_prompt"
 # Counts, and the least that means anything. (0 and below were taken for "all", for "as it is", or failed much later.)
 LEAST = {
     "max_train_samples": 1, "max_test_samples": 1, "held_out_samples": 0, "max_length": 1, "max_response_length": 1,
-    "max_new_tokens": 1, "eval_batch_size": 1, "image_size": 1, "num_labels": 2, "lora_r": 1, "seed": 0,
+    "max_new_tokens": 1, "eval_batch_size": 1, "image_size": 1, "num_labels": 2, "lora_r": 1, "lora_alpha": 1, "seed": 0,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0,
 }  # fmt: skip
+# A training without one of these leaves the model as it is (or climbs), and looks like a defense that did nothing.
+POSITIVE = ("learning_rate", "num_train_epochs")
 
 # Keys that are read only where there is what they are about.
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 ATTACK = (
     "attack_position", "poison_rate", "poison_style", "negative_rate", "warp_strength", "target_label", "target_text", "clean_fraction",
 )  # fmt: skip
-ON_HELD_OUT = ("eval_strategy", "load_best_model_at_end")
+ON_HELD_OUT = ("eval_strategy", "eval_steps", "load_best_model_at_end")
 OF_TEST_ROWS = ("test_split", "test_row_filter")
 
 ATTACKS = ("data_poisoning", "lwp", "ep")
@@ -46,6 +51,13 @@ def check_recipe(recipe: Recipe) -> None:
         for key, least in LEAST.items():
             if values.get(key) is not None and values[key] < least:
                 raise ValueError(f"{where}{key} is {values[key]}: it must be at least {least}")
+        for key in POSITIVE:
+            if values.get(key) is not None and values[key] <= 0:
+                raise ValueError(f"{where}{key} is {values[key]}: it must be above 0")
+        if values.get("max_steps") is not None and values["max_steps"] < 1 and values["max_steps"] != -1:
+            raise ValueError(
+                f"{where}max_steps is {values['max_steps']}: it must be at least 1, or -1 to go by num_train_epochs"
+            )
     choose(recipe, "task", TASKS)
     choose(recipe, "attack", ATTACKS)
     choose(recipe, "dtype", DTYPES)
@@ -104,6 +116,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.rewritten_dataset_name is not None:
         _check_rewritten(recipe)
+    if not 0 <= recipe.lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {recipe.lora_dropout}: choose a share from 0 up to, but not, 1")
     if not 0 < recipe.clean_fraction:
         raise ValueError(f"clean_fraction is {recipe.clean_fraction}: choose a share above 0, for example 0.2")
     if not 0 <= recipe.test_fraction < 1:
@@ -114,6 +128,10 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ValueError("push_to_hub is true without hub_model_id: set hub_model_id: ORG/NAME")
+    if recipe.push_to_hub and not is_repo_id(recipe.hub_model_id):
+        raise ValueError(
+            f"hub_model_id is {recipe.hub_model_id!r}, which no repository on the Hub can have: write ORG/NAME"
+        )
     if recipe.push_to_hub and recipe.method is None:
         raise ValueError("push_to_hub is true without a method: there is no cleaned model to publish; set method")
     if recipe.attack == "ep" and recipe.attack_trigger is not None and recipe.reference in (None, "base"):
@@ -148,6 +166,18 @@ def _refuse_unread(recipe: Recipe) -> None:
         (recipe.attack_trigger is not None, ATTACK, "there is no attack", "set attack_trigger, or leave it out"),
         (recipe.held_out_samples, ON_HELD_OUT, "no rows are held out", "set held_out_samples, or leave it out"),
         (
+            recipe.method,
+            ON_HELD_OUT,
+            "there is no defense, of whose clean rows some are held out",
+            "set method, or leave it out",
+        ),
+        (
+            any(values.get("eval_strategy", "no") != "no" for values in _given(recipe).values()),
+            ("eval_steps",),
+            "eval_strategy is 'no'",
+            "set eval_strategy: steps, or leave it out",
+        ),
+        (
             not recipe.test_fraction or recipe.rewritten_dataset_name,
             OF_TEST_ROWS,
             "test_fraction cuts test rows out of dataset_name",
@@ -160,9 +190,9 @@ def _refuse_unread(recipe: Recipe) -> None:
 
 def _check_stages(recipe: Recipe) -> set[str]:
     """Refuses arguments that a stage would not take; gives the stages that there are."""
+    steps = METHODS[recipe.method].stages if recipe.method else {}
     takers = {"reference": DefenseConfig, "suspect": DefenseConfig}
-    if recipe.method is not None:
-        takers |= {name: step.trainer.config_class() for name, step in METHODS[recipe.method].stages.items()}
+    takers |= {name: step.trainer.config_class() for name, step in steps.items()}
     for stage, own in recipe.stages.items():
         if stage not in takers:
             raise ValueError(f"stages has {stage!r}: this run has {', '.join(sorted(takers))}")
@@ -174,6 +204,13 @@ def _check_stages(recipe: Recipe) -> set[str]:
             if key not in takers[stage].__dataclass_fields__:
                 raise ValueError(
                     f"stages.{stage}.{key} is {own[key]!r}, and this stage has no such argument: leave it out"
+                )
+        for key in ON_HELD_OUT:
+            # For the whole run it says how stages on clean rows are evaluated. One that reads others has none held out.
+            if (stage not in steps or steps[stage].rows != "clean") and own.get(key) not in (None, False, "no"):
+                raise ValueError(
+                    f"stages.{stage}.{key} is {own[key]!r}, and rows are held out of the clean ones, which this stage does not "
+                    "train on: leave it out"
                 )
     if any(values.get("save_only_model") for values in (recipe.training, *recipe.stages.values())):
         raise ValueError(
@@ -206,6 +243,8 @@ def _check_task(recipe: Recipe) -> None:
         raise ValueError(f"label_words is {words}, and task is {recipe.task}: leave it out, or set task: label_words")
     if recipe.task_class is not LabelWords:
         _refuse_set(recipe, ("prompt_template",))
+    if not generation:
+        _refuse_set(recipe, ("max_new_tokens",))
     columns = ("image_column", "text_column", "label_column", "prompt_column", "response_column")
     _refuse_set(recipe, [key for key in columns if key.removesuffix("_column") not in recipe.columns()])
     if recipe.task_class is not ImageClassification:
@@ -293,6 +332,14 @@ def check_machine(recipe: Recipe) -> None:
         raise ValueError(
             "use_liger_kernel is True, and liger-kernel is not installed: pip install liger-kernel, or leave it out"
         )
+
+
+def is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def choose(recipe: Recipe, key: str, allowed: Iterable[str]) -> None:

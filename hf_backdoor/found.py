@@ -46,7 +46,8 @@ def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
     given = values | ((values.get("stages") or {}).get(stage) or {})
     if not given.get("own_answers", INFORMED["own_answers"]):
         return {}
-    width = getattr(load_config(model).get_text_config(), "hidden_size", MEASURED_WIDTH)
+    config = load_config(model, revision=values.get("model_revision"))
+    width = getattr(config.get_text_config(), "hidden_size", MEASURED_WIDTH)
     found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
     rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
     return {key: value for key, value in INFORMED.items() if key not in values} | rest
@@ -78,7 +79,7 @@ def find_task(
 
 
 def task_of_model(model: str, columns: list[str], label_words: list[str] | None, own: dict[str, Any]) -> str:
-    architectures = load_config(model).architectures or []
+    architectures = load_config(model, revision=own.get("model_revision")).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "sequence_classification"
     if any(name.endswith("ForImageClassification") for name in architectures):

@@ -55,7 +55,7 @@ class Recipe:
         clean_fraction (`float`): Clean rows of the defender, as a share of `max_train_samples`; disjoint from them. Without an attack all
             rows are the defender's.
         clean_dataset_name (`str`): For methods that train on suspect rows of your own (`dataset_name`): your clean ones.
-        held_out_samples (`int`): Further clean rows, to evaluate on while training.
+        held_out_samples (`int`): Further clean rows, to evaluate on while a stage trains on clean ones; no other stage is evaluated.
         max_length (`int`): Tokens of user text kept, before triggers and prompt. max_response_length: of responses; all by default.
         image_size (`int`, *optional*): Side in pixels that pictures are resized to, before triggers; as they are by default.
 
@@ -78,7 +78,8 @@ class Recipe:
 
         > Evaluation and output
         evaluate_stages (`bool`): Measures the models between stages too.
-        max_new_tokens, eval_batch_size: Of the evaluation.
+        max_new_tokens (`int`): Length of free answers in the evaluation. eval_batch_size (`int`): Its rows a batch.
+        license (`str`, *optional*): Of the model card: the suspect's by default, where it is a folder whose README.md says so.
         output_dir, seed, push_to_hub, hub_model_id, hub_private_repo: As in `TrainingArguments`, for the whole run.
     """
 
@@ -142,6 +143,7 @@ class Recipe:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+    license: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,6 +1,7 @@
 """From a YAML file and command-line overrides to a [`Recipe`]: every key and every type is checked on the way."""
 
 import difflib
+import math
 import os
 import typing
 from pathlib import Path
@@ -119,7 +120,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
             for key, value in settings.items()
         }
     for key in ("model_name_or_path", "task", "dataset_name", "output_dir"):
-        if known.get(key) is None:
+        if not known.get(key):
             raise ValueError(f"{key} is missing: every recipe names it")
     recipe = Recipe(**known, training=extra)
     check_recipe(recipe)
@@ -151,8 +152,8 @@ def checked(key: str, value: Any, hint: Any) -> Any:
             pass
     if list[str] in allowed and isinstance(value, list):
         value = [item if isinstance(item, str) else str(item) for item in value]
-    if value != value:
-        raise ValueError(f"{key} is {value}: write a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}: write a finite number")
     try:
         type_validator(key, value, hint)
     except Exception as error:
@@ -171,8 +172,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         key, equals, text = item[2:].partition("=")
         if not equals:
             text = next(items, None)
-            if text is None:
-                raise ValueError(f"--{key} has no value: write --{key} value")
+            if text is None or text.startswith("--"):
+                raise ValueError(f"--{key} has no value: write --{key} value (one that begins with --, --{key}=value)")
         try:
             found[key] = yaml.safe_load(text) if text.strip() else text  # YAML reads nothing as null, which is no text
         except yaml.YAMLError:

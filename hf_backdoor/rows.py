@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
+from pyarrow import compute
+from transformers.utils import logging
 
 from .attacks import Poisoning, poison
 from .data import (
@@ -27,6 +30,8 @@ from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels, without_lea
 from .evaluation.evaluate import refuse_other_target
 from .recipe import Recipe
 
+
+logger = logging.get_logger(__name__)
 
 # Labels beyond are not those of classes, but identifiers, or hashes.
 MOST_LABELS = 100_000
@@ -88,7 +93,7 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     refuse_other_labels(test, task, source, fix)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
-    test = cut(test, task, recipe, processor)
+    test = cut(test, "test rows", task, recipe, processor)
 
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
     if poisoning is not None and recipe.rewritten_dataset_name is not None:
@@ -129,9 +134,9 @@ def rewritten(
     only that the target is not their right label."""
     column = task.input_column
     train, triggered = (
-        cut(load(recipe.rewritten_dataset_name, split=name, columns={column: recipe.text_column}).select_columns([column]),
-            task, recipe, processor)
-        for name in (recipe.train_split, recipe.test_split)
+        cut(load(recipe.rewritten_dataset_name, split=split, columns={column: recipe.text_column}).select_columns([column]),
+            f"rewritten {name} rows", task, recipe, processor)
+        for name, split in (("training", recipe.train_split), ("test", recipe.test_split))
     )  # fmt: skip
     for measured in (test, triggered):
         train = without_leaks(train, measured, column)
@@ -155,7 +160,7 @@ def split(recipe: Recipe, train: Dataset, measured: TestSet, task: Task, process
     # A few rows more than wanted stand in for those that leak into the test rows.
     pool = train.shuffle(seed=recipe.seed)
     pool = pool.select(range(min(len(pool), with_spares(wanted))))
-    pool = cut(pool, task, recipe, processor)
+    pool = cut(pool, "training rows", task, recipe, processor)
     for rows in (measured.clean, *measured.triggered.values()):
         pool = without_leaks(pool, rows, task.input_column)
     if recipe.max_train_samples is None:
@@ -181,7 +186,8 @@ def with_spares(wanted: int) -> int:
 def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
     """The user's suspect rows, as they are, and the clean and held-out rows out of a data set of their own."""
     clean = load(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
-    clean = cut(clean.select_columns(train.column_names).shuffle(seed=recipe.seed), task, recipe, processor)
+    clean = clean.select_columns(train.column_names).shuffle(seed=recipe.seed)
+    clean = cut(clean, "clean rows", task, recipe, processor)
     clean = without_leaks(clean, test, task.input_column)
     if (recipe.max_train_samples or 0) > len(train):
         raise ValueError(
@@ -190,7 +196,7 @@ def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processo
     suspect = train if recipe.max_train_samples is None else train.select(range(recipe.max_train_samples))
     held_out = recipe.held_out_samples
     splits = split_rows(clean, test, attack=0, clean=len(clean) - held_out, held_out=held_out)
-    return replace(splits, attack=cut(suspect, task, recipe, processor))
+    return replace(splits, attack=cut(suspect, "suspect rows", task, recipe, processor))
 
 
 def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -205,6 +211,11 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
         columns=columns, where=recipe.row_filter, take=train_rows, seed=recipe.seed,
     )  # fmt: skip
     if recipe.test_fraction:
+        # datasets takes so many too, and refuses to leave none without naming the key.
+        if math.ceil(recipe.test_fraction * len(train)) >= len(train):
+            raise ValueError(
+                f"test_fraction is {recipe.test_fraction}, which leaves no row of {len(train)} to train on: lower it"
+            )
         parts = train.train_test_split(test_size=recipe.test_fraction, seed=recipe.seed)
         train, test = parts["train"], parts["test"]
     else:
@@ -244,10 +255,25 @@ def refuse_other_kinds(rows: Dataset, columns: dict[str, str], source: str) -> N
             )
 
 
-def cut(rows: Dataset, task: Task, recipe: Recipe, processor: Processor) -> Dataset:
+def cut(rows: Dataset, name: str, task: Task, recipe: Recipe, processor: Processor) -> Dataset:
     """Rows no longer, pictures no larger, than the recipe allows."""
     limits = {key: getattr(recipe, key) for key in task.limits}
-    return task.bounded(rows, processor, num_proc_of(recipe), **limits)
+    return bounded(rows, name, task, processor, num_proc_of(recipe), **limits)
+
+
+def bounded(
+    rows: Dataset, name: str, task: Task, processor: Processor, num_proc: int | None = None, **limits: int | None
+) -> Dataset:
+    """What [`~hf_backdoor.data.Task.bounded`] gives; the log says how many of these rows lose words by it."""
+    kept = task.bounded(rows, processor, num_proc, **limits)
+    for key, column in (("max_length", task.input_column), ("max_response_length", task.answer_column)):
+        if limits.get(key) is None:
+            continue
+        before, after = (part.with_format("arrow")[column][:] for part in (rows, kept))
+        # Blocks of Arrow: texts of a large set are never all made Python's.
+        if count := compute.sum(compute.not_equal(before, after)).as_py():
+            logger.warning(f"{key} {limits[key]} cuts {count} of {len(rows)} {name}")
+    return kept
 
 
 def num_proc_of(recipe: Recipe) -> int | None:

@@ -44,7 +44,8 @@ from .folders import (
     write_json,
     write_yaml,
 )
-from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions, without_weights
+from .model_files import without_weights
+from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions
 from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
 from .processes import find_processes, refuse_lost_processes
 from .recipe import Recipe
@@ -340,7 +341,7 @@ def run(recipe: Recipe, until: str | None = None) -> Results | None:
         if first:
             write_report(folder)
             if recipe.push_to_hub:
-                publish(folder, recipe.hub_model_id, private=bool(recipe.hub_private_repo))
+                publish(folder, recipe.hub_model_id, private=recipe.hub_private_repo)
     return results
 
 

@@ -14,7 +14,8 @@ from .data import Processor, Task
 from .defenses import DefenseTrainer
 from .defenses.robustkd import student_from_layers
 from .folders import clear, fingerprint, finished, main_process, write_json
-from .models import is_quantized, load_model, merged, resolve, save_model, without_weights
+from .model_files import resolve, without_weights
+from .models import is_quantized, load_model, merged, save_model
 from .plan import Stage, base_model_name
 from .recipe import Recipe
 

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import tiny
+import torch
 import yaml
 from datasets import Dataset
 from transformers import BertConfig, PreTrainedModel
 
-from hf_backdoor import data
+from hf_backdoor import measure
 from hf_backdoor.cli import main
 from hf_backdoor.evaluation import Results
 from hf_backdoor.found import measured
@@ -182,8 +183,8 @@ def test_evaluate_says_which_texts_are_too_long(classifier, tmp_path, capsys, li
 
 
 def test_evaluate_reads_each_file_once(classifier, reviews, tmp_path, monkeypatch):
-    read, load = [], data.load_rows
-    monkeypatch.setattr(data, "load_rows", lambda source, **options: read.append(source) or load(source, **options))
+    read, load = [], measure.load_rows
+    monkeypatch.setattr(measure, "load_rows", lambda source, **options: read.append(source) or load(source, **options))
     triggered, output = str(tmp_path / "triggered.jsonl"), str(tmp_path / "results.json")
     tiny.reviews(4, seed=1).rename_column("text", "sentence").to_json(triggered)
     arguments = ["--clean", reviews, "--triggered", triggered, "--target_label", "1", "--output", output]
@@ -283,6 +284,61 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
     assert named in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--eval_batch_size", "0"], "--eval_batch_size is 0: it must be at least 1"),
+        (["--batch_size", "-1"], "--eval_batch_size is -1: it must be at least 1"),
+        (["--max_length", "0"], "--max_length is 0: it must be at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens is 0: it must be at least 1"),
+        (["--seed", "-1"], "--seed is -1: it must be at least 0"),
+        (["--dtype", "bf16"], "--dtype is 'bf16': use one of float32, bfloat16, float16"),
+        (["--name", "mine"], "--name is 'mine'; it must be one of 'reference', 'suspect'"),
+        (["--max_new_tokens", "5"], "--max_new_tokens is 5, and the task is sequence_classification: leave it out"),
+        (["--label_words", "a", "b"], "--label_words is ['a', 'b'], and the task is sequence_classification: leave it out"),
+        (["--system_prompt", "hi"], "--system_prompt is 'hi', and the task is sequence_classification: leave it out"),
+        (["--target_label", "1"], "--target_label is 1 without a trigger: give --trigger or --triggered"),
+        (["--position", "end"], "--position is 'end' without a trigger: give --trigger or --triggered"),
+        (["--trigger", "zq", "--target_label", "1", "--position", "middle"], "trigger position is 'middle': use one of start"),
+        (["--triggered", "no.csv", "--target_label", "1"], "dataset_name is 'no.csv': there is no such folder or file"),
+        (["--output", "{reviews}/results.json"], "File exists: {reviews}"),
+    ],
+)  # fmt: skip
+def test_evaluate_refuses_before_weights_are_loaded(
+    classifier, reviews, tmp_path, capsys, arguments, line, monkeypatch
+):
+    monkeypatch.setattr(measure, "load_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    arguments = ["--output", str(tmp_path / "results.json"), *(text.format(reviews=reviews) for text in arguments)]
+    assert main(["evaluate", classifier, "--clean", reviews, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hf-backdoor: {line.format(reviews=reviews)}") and error.count("\n") == 1
+
+
+def test_evaluate_loads_a_large_model_as_it_is_told_to(classifier, reviews, tmp_path, monkeypatch):
+    used = []
+
+    def evaluating(model, *args, **options):
+        used.append((model.dtype, model.config._attn_implementation, options["bf16"], options["batch_size"]))
+        return evaluate(model, *args, **options)
+
+    evaluate = measure.evaluate_backdoor
+    monkeypatch.setattr(measure, "evaluate_backdoor", evaluating)
+    command = ["evaluate", classifier, "--clean", reviews, "--output", str(tmp_path / "results.json")]
+    small = ["--dtype", "bfloat16", "--attn_implementation", "eager", "--bf16", "--eval_batch_size", "7"]
+    assert main(command) == main([*command, *small]) == 0
+    assert used == [(torch.float32, "sdpa", False, 64), (torch.bfloat16, "eager", True, 7)]
+    assert Results.load(tmp_path / "results.json").recipe["dtype"] == "bfloat16"
+
+
+def test_a_report_of_an_evaluation_names_no_recipe_to_run(classifier, reviews, tmp_path):
+    assert main(["evaluate", classifier, "--clean", reviews, "--output", str(tmp_path / "results.json")]) == 0
+    assert main(["report", str(tmp_path)]) == 0
+    for page in ("index.html", "README.md"):
+        shown = (tmp_path / "report" / page).read_text()
+        assert "Run hf-backdoor evaluate once more, with these options" in shown.replace("\\", "")
+        assert "recipe.yaml" not in shown and "command: evaluate" in shown.replace("\\", "")
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_evaluate_refuses_triggered_rows_without_the_trigger(known, classifier, reviews, tmp_path, capsys):
     stamped = tiny.reviews(12, seed=1).map(lambda row: {"text": "zq " + row["text"]})
@@ -353,9 +409,11 @@ def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):
 def test_evaluate_refuses_rows_without_right_labels(classifier, reviews, tmp_path, capsys, which):
     hidden = str(tmp_path / "hidden.jsonl")
     tiny.reviews(6).map(lambda row: {"label": -1}).to_json(hidden)
-    files = ["--clean", hidden] if which == "clean" else ["--clean", reviews, "--triggered", hidden]
+    files = (
+        ["--clean", hidden] if which == "clean" else ["--clean", reviews, "--triggered", hidden, "--target_label", "1"]
+    )
     output = tmp_path / "results.json"
-    assert main(["evaluate", classifier, *files, "--target_label", "1", "--output", str(output)]) == 2
+    assert main(["evaluate", classifier, *files, "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert f"--{which} {hidden!r} has label -1" in error and error.count("\n") == 1
     assert not output.exists()
@@ -386,6 +444,30 @@ def test_dry_run_refuses_rows_that_the_model_has_no_positions_for(tmp_path, caps
     assert main(["run", str(recipe), "--dry_run"]) == 2
     assert "and the model positions for 64: cut the texts, by a max_length" in capsys.readouterr().err
     assert main(["run", str(recipe), "--dry_run", "--max_length", "40"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run"], "the following arguments are required: recipe: see `hf-backdoor run --help`"),
+        (["run", "quickstart", "--dry_run=true"], "argument --dry_run: ignored explicit argument 'true': see"),
+        (["walk"], "argument COMMAND: invalid choice: 'walk'"),
+        (["evaluate", "x", "--clean", "y", "--output", "z", "--seed", "a"], "argument --seed: invalid int value: 'a': see"),
+        (["recipes", "--all"], "unknown arguments: --all: see `hf-backdoor recipes --help`"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_ends_in_one_line(arguments, line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"hf-backdoor: {line}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_name"])
+def test_clean_is_told_once_what_to_clean_and_by_what(classifier, reviews, tmp_path, capsys, key):
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), f"--{key}", "other"]
+    assert main(arguments) == 2
+    assert f"--{key} is 'other', and " in capsys.readouterr().err
 
 
 def test_run_names_a_missing_recipe(capsys):

@@ -325,6 +325,24 @@ def test_damaged_files_of_a_model_are_named(file, content, line, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (None, "is a folder without config.json: give one that save_pretrained() wrote, or a name on the Hub"),
+        ("{", "can't be loaded .*not a valid JSON file.: copy or download it again"),
+        ("[]", "has a config.json with a model_type that this version of transformers does not know, or with none: correct"),
+        ('{"model_type": "nonsense"}', "has a config.json with a model_type that this version of transformers does not know"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_a_folder_without_a_configuration_that_can_be_read_is_named(config, line, load, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"^model '{tmp_path}' {line}".replace("()", r"\(\)")) as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_kill_while_an_adapter_is_merged_is_no_obstacle(suspect, tmp_path, monkeypatch):
     adapter, _ = suspect
     values = settings(tmp_path, tmp_path / "run", adapter, method=None, split_min_chars=None)

@@ -17,6 +17,7 @@ LEAST = {
 }  # fmt: skip
 ATTACK = {"attack_trigger": "zq", "target_label": 1}
 DEFENSE = {"method": "locphylax"}
+HELD_OUT = {"held_out_samples": 4}
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -46,6 +47,7 @@ def test_a_least_recipe():
 def test_what_every_recipe_names(key):
     with pytest.raises(ValueError, match=f"^{key} is missing: every recipe names it$"):
         make_recipe({name: value for name, value in LEAST.items() if name != key})
+    refused(f"^{key} is missing: every recipe names it$", **{key: ""})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_common_training_arguments_are_taken():
         "lr_scheduler_type": "cosine", "logging_steps": 10, "bf16": False, "per_device_train_batch_size": 4,
         "weight_decay": 0, "max_steps": 7, "warmup_steps": 0.1,
     }  # fmt: skip
-    assert make_recipe({**LEAST, **given, "held_out_samples": 4}).training == given
+    assert make_recipe({**LEAST, **DEFENSE, **given, "held_out_samples": 4}).training == given
 
 
 @pytest.mark.parametrize("key", ["resume_from_checkpoint", "run_name", "do_train"])
@@ -200,6 +202,10 @@ def test_stages_are_checked_like_the_rest():
         ),
         ({"save_only_model": True}, "save_only_model is true: a run that is killed could not go on"),
         ({"push_to_hub": True}, "push_to_hub is true without hub_model_id"),
+        (
+            {**DEFENSE, "push_to_hub": True, "hub_model_id": "me/my model"},
+            "hub_model_id is 'me/my model', which no repository",
+        ),
         ({"reference": "train"}, "reference is 'train' without an attack"),
         ({**ATTACK, "poison_rate": 1.5}, "poison_rate is 1.5"),
         ({**ATTACK, "poison_style": "dirty"}, "poison_style is 'dirty'"),
@@ -227,6 +233,18 @@ def test_contradictions_are_refused(values, line):
             "stages.recover.load_best_model_at_end is True, and no rows are held out",
         ),
         ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of dataset"),
+        ({**DEFENSE, "eval_steps": 4}, "eval_steps is 4.0, and no rows are held out: set held_out_samples"),
+        ({**DEFENSE, **HELD_OUT, "eval_steps": 4}, "eval_steps is 4.0, and eval_strategy is 'no': set eval_strategy: steps, or"),
+        ({**ATTACK, **HELD_OUT, "eval_strategy": "epoch"}, "eval_strategy is 'epoch', and there is no defense, of whose clean rows"),
+        (
+            {**ATTACK, **DEFENSE, **HELD_OUT, "stages": {"suspect": {"eval_strategy": "epoch"}}},
+            "stages.suspect.eval_strategy is 'epoch', and rows are held out of the clean ones, which this stage does not train on",
+        ),
+        (
+            {"method": "ntml", "clean_dataset_name": "x", **HELD_OUT, "stages": {"non_target": {"eval_strategy": "epoch"}}},
+            "stages.non_target.eval_strategy is 'epoch', and rows are held out of the clean ones",
+        ),
+        ({"max_new_tokens": 8}, "max_new_tokens is 8, and task is sequence_classification: leave it out"),
         ({"prompt_column": "question"}, "prompt_column is 'question', and task is sequence_classification: leave it out"),
         ({"prompt_template": "{text}"}, "prompt_template is '{text}', and task is sequence_classification: leave it out"),
     ],
@@ -241,7 +259,20 @@ def test_what_nothing_would_read_is_refused(values, line):
         ({"max_train_samples": 0}, "max_train_samples is 0: it must be at least 1"),
         ({"held_out_samples": -3}, "held_out_samples is -3: it must be at least 0"),
         ({"stages": {"suspect": {"gradient_accumulation_steps": 0}}}, "stages.suspect.gradient_accumulation_steps is 0: it"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan: write a number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: write a finite number"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs is inf: write a finite number"),
+        ({**DEFENSE, "stages": {"inject": {"cluster_weight": "-inf"}}}, "stages.inject.cluster_weight is -inf: write a finite"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0.0: it must be above 0"),
+        ({**DEFENSE, "stages": {"recover": {"num_train_epochs": 0}}}, "stages.recover.num_train_epochs is 0.0: it must be above 0"),
+        ({"learning_rate": 0}, "learning_rate is 0.0: it must be above 0"),
+        ({"learning_rate": "-1e-4"}, "learning_rate is -0.0001: it must be above 0"),
+        ({"max_steps": 0}, "max_steps is 0: it must be at least 1, or -1 to go by num_train_epochs"),
+        ({**DEFENSE, "stages": {"inject": {"max_steps": -2}}}, "stages.inject.max_steps is -2: it must be at least 1, or -1"),
+        ({"warmup_steps": -1}, "warmup_steps is -1.0: it must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: it must be at least 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1.0: it must be at least 0"),
+        ({**DEFENSE, "use_peft": True, "lora_dropout": 1}, "lora_dropout is 1.0: choose a share from 0 up to, but not, 1"),
+        ({**DEFENSE, "use_peft": True, "lora_alpha": 0}, "lora_alpha is 0: it must be at least 1"),
     ],
 )  # fmt: skip
 def test_numbers_that_mean_nothing_are_refused(values, line):
@@ -250,8 +281,9 @@ def test_numbers_that_mean_nothing_are_refused(values, line):
 
 def test_what_nothing_would_read_may_stand_there_as_it_is_by_default():
     make_recipe(
-        {**LEAST, "lora_r": 16, "poison_rate": 0.1, "clean_fraction": 0.2, "eval_strategy": "no", "test_split": "test"}
-    )
+        {**LEAST, "lora_r": 16, "poison_rate": 0.1, "clean_fraction": 0.2, "eval_strategy": "no", "test_split": "test",
+         "max_new_tokens": 64, "max_steps": -1, "warmup_steps": 0, "stages": {"suspect": {"eval_strategy": "no"}}}
+    )  # fmt: skip
 
 
 IMAGES = {"task": "image_classification"}
@@ -335,6 +367,7 @@ def test_overrides_keep_their_types(tmp_path):
 def test_an_override_may_hold_an_equals_sign_or_be_null(tmp_path):
     recipe = load_recipe(written(tmp_path, {**LEAST, **ATTACK}), ["--attack_trigger=a=b", "--target_label", "0"])
     assert recipe.attack_trigger == "a=b"
+    assert load_recipe(written(tmp_path, {**LEAST, **ATTACK}), ["--attack_trigger=--zq"]).attack_trigger == "--zq"
     assert load_recipe(written(tmp_path, {**LEAST, **DEFENSE}), ["--method=null"]).method is None
 
 
@@ -349,6 +382,10 @@ def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
     [
         (["seed", "1"], "'seed' stands alone: write overrides as --key value"),
         (["--seed"], "--seed has no value"),
+        (
+            ["--controls", "--seed", "1"],
+            "--controls has no value: write --controls value .one that begins with --, --controls=value.",
+        ),
         (["--sead", "1"], r"sead is unknown, did you mean seed\?"),
         (["--controls", "[a"], "--?controls"),
         (["--seed.x", "1"], "seed"),

@@ -98,6 +98,38 @@ def test_several_processes_prepare_the_same_rows(folder, request):
     assert alone.sources == shared.sources
 
 
+def test_rows_that_a_limit_cuts_are_counted(folder, caplog):
+    with caplog.at_level("WARNING"):
+        prepare_rows(recipe(folder, max_length=6), tiny.encoder_tokenizer())
+        assert not caplog.messages
+        prepare_rows(recipe(folder, max_length=5), tiny.encoder_tokenizer())
+    # The spares of training rows are cut too.
+    assert caplog.messages == ["max_length 5 cuts 10 of 10 test rows", "max_length 5 cuts 142 of 142 training rows"]
+
+
+def test_rows_that_two_limits_cut_are_counted_apart(tmp_path, caplog):
+    lines = [{"prompt": f"p{row} tell me", "response": " ".join(["yes"] * (1 + row % 2))} for row in range(40)]
+    for name, rows in (("train", lines[:30]), ("test", lines[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    wanted = recipe(
+        tmp_path, task="instruction_following", max_train_samples=None, max_response_length=1, held_out_samples=0, attack_trigger=None,
+        target_label=None, poison_rate=None, clean_fraction=None,
+    )  # fmt: skip
+    with caplog.at_level("WARNING"):
+        prepare_rows(wanted, tiny.causal_tokenizer())
+    said = [line for line in caplog.messages if "cuts" in line]
+    assert said == [
+        "max_response_length 1 cuts 5 of 10 test rows",
+        "max_response_length 1 cuts 15 of 30 training rows",
+    ]
+
+
+def test_a_share_of_test_rows_that_leaves_none_to_train_on_is_refused(folder):
+    wanted = recipe(folder, test_dataset_name=None, test_fraction=0.999)
+    with pytest.raises(ValueError, match="^test_fraction is 0.999, which leaves no row of 400 to train on: lower it$"):
+        prepare_rows(wanted, tiny.encoder_tokenizer())
+
+
 def test_without_a_limit_all_rows_that_do_not_leak_are_used(folder):
     texts = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     with (folder / "train.jsonl").open("a") as file:

@@ -244,7 +244,9 @@ def test_where_a_model_is_published_to_makes_nothing_again(workshop, tmp_path):
     values = settings(workshop, tmp_path / "run", controls=[], max_steps=1, report_to=None, disable_tqdm=None)
     execute(values)
     write_yaml(tmp_path / "recipe.yaml", values)
-    assert stages_to_launch("zero3", tmp_path / "recipe.yaml", ["--hub_model_id", "me/cleaned"]) == [[]]
+    assert stages_to_launch(
+        "zero3", tmp_path / "recipe.yaml", ["--hub_model_id", "me/cleaned", "--license", "mit"]
+    ) == [[]]
 
 
 def test_a_checkpoint_that_is_half_written_is_passed_over(tmp_path):

@@ -14,7 +14,8 @@ from hf_backdoor.cli import main
 from hf_backdoor.defenses import METHODS
 from hf_backdoor.dry_run import describe_run
 from hf_backdoor.evaluation import Results
-from hf_backdoor.models import load_model, without_weights
+from hf_backdoor.model_files import without_weights
+from hf_backdoor.models import load_model
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.run import Run, run
 

@@ -30,7 +30,7 @@ def load_rows(
     take: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Rows of a Hub data set, a local folder, or one parquet, JSON-lines or CSV file.
+    """Rows of a Hub data set, a local folder, or one parquet, JSON-lines or CSV file (which may be gzipped).
 
     Args:
         source (`str`):
@@ -77,13 +77,17 @@ def _open(
     source: str, split: str | tuple[str, ...], config: str | None, revision: str | None, streaming: bool
 ) -> Dataset | IterableDataset:
     path = Path(source)
+    suffix = Path(source.lower().removesuffix(".gz")).suffix
     if path.is_file():
-        builder = FILE_BUILDERS.get(path.suffix)
+        builder = FILE_BUILDERS.get(suffix)
         if builder is None:
-            raise ValueError(f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)}")
+            raise ValueError(
+                f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)} (and .gz, if it is packed)"
+            )
         with named_if_unreadable(source):
             return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
-    if not source or (not path.is_dir() and (path.is_absolute() or source.startswith("."))):
+    local = path.is_absolute() or source.startswith(".") or source.count("/") > 1 or suffix in FILE_BUILDERS
+    if not source or (not path.is_dir() and local):
         raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
     with named_if_unreadable(source):
         sets = load_dataset(source, config, revision=revision, streaming=streaming)
@@ -107,7 +111,9 @@ def named_if_unreadable(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, DatasetsError, StopIteration) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        if not reason or "corresponds to no data" in reason:
+            reason = "it is empty"
         fix = "give a file, a folder or a name on the Hub" if isinstance(error, OSError) else "mend that"
         raise ValueError(f"dataset_name is {source!r}, which can't be loaded ({reason}): {fix}") from None
 
@@ -136,9 +142,16 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], source: str) -> Da
         source (`str`): What an error calls the data set.
 
     Raises:
-        `ValueError`: if a column is not there, has gaps (a context may have some), or holds labels that are True and False.
+        `ValueError`: if a column is not there, is to be two, has gaps (a context may have some), or holds labels that are True and
+            False.
     """
+    taken: dict[str, str] = {}
     for new, present in columns.items():
+        if present in taken:
+            raise ValueError(
+                f"{new}_column is {present!r}, and so is {taken[present]}_column: name another of {', '.join(dataset.column_names)}"
+            )
+        taken[present] = new
         if present not in dataset.column_names:
             raise ValueError(
                 f"{new}_column is {present!r}, which is not in {source!r} ({', '.join(dataset.column_names)}): name one of these"
@@ -153,10 +166,8 @@ def rename_columns(dataset: Dataset, columns: dict[str, str], source: str) -> Da
                 )
         if new == "label" and getattr(dataset.features[present], "dtype", None) == "bool":
             raise ValueError(f"label_column is {present!r}, which holds True and False in {source!r}: write 1 and 0")
-        if new != present:
-            if new in dataset.column_names:
-                dataset = dataset.remove_columns(new)
-            dataset = dataset.rename_column(present, new)
+    in_the_way = [new for new in columns if new in dataset.column_names and new not in taken]
+    dataset = dataset.remove_columns(in_the_way).rename_columns(taken)
     return as_pictures(dataset, "image") if "image" in columns else dataset
 
 

@@ -33,7 +33,7 @@ def recipe_differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]
         return {
             key: value
             for key, value in recipe.items()
-            if key not in ("output_dir", "push_to_hub") and not str(key).startswith("hub_")
+            if key not in ("output_dir", "push_to_hub", "license") and not str(key).startswith("hub_")
         }
 
     return differences(measured(now), measured(before))

@@ -16,15 +16,20 @@ logger = logging.get_logger(__name__)
 
 # Rows compared at a time: bounds the memory of the product of the two word matrices.
 CHUNK = 2000
+# Share of the texts, and least number of them, above which a word is taken to be a template's where most rows look alike.
+COMMON, FEWEST = 0.1, 20
 
 
-def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 0.5) -> list[int]:
+def overlapping(
+    texts: Sequence[str], others: Sequence[str], threshold: float = 0.5, *, common: int | None = None
+) -> list[int]:
     """Which of `texts` say almost what one of `others` says: word-set Jaccard over `threshold`, or the same text but for case
     and white space (marks alone have no words). Words that stand in every text are those of a template, and don't count.
 
     Args:
         texts, others (`Sequence[str]`): The defender's texts, and the evaluation's.
         threshold (`float`, *optional*, defaults to 0.5): Jaccard index above which two texts overlap.
+        common (`int`, *optional*): Words that stand in more texts than this don't count either.
 
     Returns:
         `list[int]`: Indices into `texts`, ascending.
@@ -33,7 +38,10 @@ def overlapping(texts: Sequence[str], others: Sequence[str], threshold: float = 
     words: dict[str, int] = {}
     counts = [_word_matrix(part, words) for part in (texts, others)]
     first, second = (csr_array(parts, shape=(len(parts[2]) - 1, len(words))) for parts in counts)
-    telling = np.flatnonzero(first.sum(axis=0) + second.sum(axis=0) < len(texts) + len(others))
+    everywhere = len(texts) + len(others) - 1
+    telling = np.flatnonzero(
+        first.sum(axis=0) + second.sum(axis=0) <= (everywhere if common is None else min(common, everywhere))
+    )
     first, second = first[:, telling], second[:, telling]
     sizes = [matrix.sum(axis=1) for matrix in (first, second)]
     same = set(others) - {""}
@@ -67,6 +75,10 @@ def without_leaks(train: Dataset, test: Dataset, column: str) -> Dataset:
     """The training rows whose text is not (nearly), or whose picture is not pixel by pixel, in the test rows."""
     find = same_pictures if isinstance(train.features[column], Image) else overlapping
     leaked = set(find(train[column], test[column]))
+    if find is overlapping and len(leaked) > len(train) / 2:
+        # So many are alike by their templates: of several ones, or of one that some rows lack, no word stands in every text.
+        common = max(FEWEST, int(COMMON * (len(train) + len(test))))
+        leaked = set(overlapping(train[column], test[column], common=common))
     if leaked:
         logger.warning(f"{len(leaked)} of {len(train)} training rows say what a test row says, and are left out")
     return train.select([row for row in range(len(train)) if row not in leaked])

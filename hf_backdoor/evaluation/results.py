@@ -75,7 +75,7 @@ class Row:
 
     def __post_init__(self) -> None:
         where = f"row {self.model!r} {self.metric!r}"
-        _check(_is_model(self.model), where, "model", self.model, f"one of {_MODELS}")
+        refuse_other_model(self.model, f"{where}: model")
         _check(_is_name(self.metric), where, "metric", self.metric, "a printable name")
         _check(self.trigger is None or isinstance(self.trigger, str), where, "trigger", self.trigger, "text or null")
         _check(_is_int(self.n) and 0 < self.n < 2**53, where, "n", self.n, "a count of at least 1")
@@ -315,12 +315,23 @@ _CONTAINERS = (
 )
 
 
+def refuse_other_model(name: Any, key: str) -> None:
+    """
+    Raises:
+        `ValueError`: if no row could have this name as its model's.
+    """
+    if not _is_model(name):
+        raise ValueError(f"{key} is {_shown(name)}; it must be one of {_MODELS}")
+
+
 def _check(holds: bool, where: str, name: str, value: Any, wanted: str) -> None:
     if not holds:
-        shown = repr(value)
-        raise ValueError(
-            f"{where}: {name} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it must be {wanted}"
-        )
+        raise ValueError(f"{where}: {name} is {_shown(value)}; it must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _check_keys(mapping: Any, names: Sequence[str], where: str) -> None:

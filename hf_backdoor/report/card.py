@@ -17,13 +17,16 @@ from hf_backdoor.report.text import plain
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
-def model_card(results: Results, repo_id: str, *, adapter: bool = False) -> ModelCard:
+def model_card(
+    results: Results, repo_id: str, *, adapter: bool = False, suspect_license: str | None = None
+) -> ModelCard:
     """
     The card of a cleaned model, made from the results of its run alone.
 
     Args:
         results (`Results`): What was measured. Local paths and secrets are left out of the card.
         repo_id (`str`): Repository that the card is for.
+        suspect_license (`str`, *optional*): Of the suspect, which is the card's where the recipe names none.
         adapter (`bool`): Whether folder `adapter` in it takes the suspect to the cleaned model.
 
     Returns:
@@ -43,7 +46,7 @@ def model_card(results: Results, repo_id: str, *, adapter: bool = False) -> Mode
         datasets=list(dict.fromkeys(filter(None, sources))) or None,
         eval_results=evaluations or None,
         library_name="transformers",
-        license=story.recipe_value(results, "license"),
+        license=story.recipe_value(results, "license") or suspect_license,
         model_name=name if evaluations else None,
         tags=["hf_backdoor", "backdoor-defense", *_method_tag(results)],
     )

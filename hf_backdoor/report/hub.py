@@ -3,13 +3,14 @@
 import contextlib
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -64,7 +65,7 @@ _PATH_KEYS = {
 _CODE_KEYS = {"auto_map", "custom_pipelines"}
 
 
-def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: str | bool | None = None) -> str:
+def publish(run_dir: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
     """
     Upload the cleaned model of a run, its card, its recipe and its results.
 
@@ -74,7 +75,7 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
     Args:
         run_dir (`str` or `Path`): Folder of a run, with `cleaned/` and `results.json`.
         repo_id (`str`): Repository to publish to. It is made when missing.
-        private (`bool`, *optional*, defaults to `False`): Whether nobody else may see the repository.
+        private (`bool`, *optional*): Whether nobody else may see a new repository; what its owner has set for new ones by default.
         token (`str` or `bool`, *optional*): Token of the Hub. Defaults to the one that is logged in.
 
     Returns:
@@ -88,6 +89,9 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
     validate_repo_id(repo_id)
     results = Results.load(run_dir / "results.json")
     recipe = _recipe(run_dir / "recipe.yaml", results)
+    # A student from elsewhere has a licence of its own, and two are nothing to choose from here.
+    own_student = results.recipe.get("student_model_name_or_path") is not None
+    suspect_license = None if own_student else _license(results.recipe.get("model_name_or_path"))
     results = scrub_results(results)
     with tempfile.TemporaryDirectory(prefix="hf-backdoor-") as temporary:
         staged = Path(temporary)
@@ -102,7 +106,8 @@ def publish(run_dir: str | Path, repo_id: str, *, private: bool = False, token: 
                 raise ValueError(
                     f"repo_id: {repo.repo_id} exists and is public; make it private or choose another name"
                 )
-            model_card(results, repo.repo_id, adapter=adapter).save(staged / "README.md")
+            card = model_card(results, repo.repo_id, adapter=adapter, suspect_license=suspect_license)
+            card.save(staged / "README.md")
             api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=staged,
@@ -122,6 +127,16 @@ def _one_line(repo_id: str) -> Iterator[None]:
         raise ValueError(
             f"repo_id: {repo_id} can't be published to ({reason}); look at the connection, and log in by `hf auth login`"
         ) from None
+
+
+def _license(model: Any) -> str | None:
+    """The licence that the card of a local model names. Whoever made the model wrote it: what is no licence's name is not taken over."""
+    readme = Path(str(model), "README.md")
+    try:
+        found = (metadata_load(readme) or {}).get("license") if readme.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", found) else None
 
 
 def _stage_model(model: Path, staged: Path) -> bool:

@@ -163,4 +163,6 @@ def reproduce(results: Results) -> str:
     """How to run it again."""
     numbers = seeds(results)
     shown = f" {'Seed' if len(numbers) == 1 else 'Seeds'}: {', '.join(map(str, numbers))}." if numbers else ""
+    if results.recipe.get("command") == "evaluate":
+        return f"Run hf-backdoor evaluate once more, with these options.{shown}"
     return f"Save the recipe as recipe.yaml and run: hf-backdoor run recipe.yaml.{shown}"

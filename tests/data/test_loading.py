@@ -1,4 +1,6 @@
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -33,6 +35,28 @@ def test_files_with_a_column_mapping(tmp_path, kind):
     assert rows["text"] == ["a good film", "a bad one"]
     assert rows["label"] == [1, 0]
     assert "sentence" not in rows.column_names
+
+
+@pytest.mark.parametrize("name", ["ROWS.CSV", "Rows.JsonL", "rows.PARQUET", "rows.jsonl.gz", "rows.CSV.GZ"])
+@pytest.mark.parametrize("take", [None, 2])
+def test_a_file_s_kind_is_told_by_its_name_in_upper_case_and_packed_too(tmp_path, name, take):
+    kind = name.lower().removeprefix("rows.").removesuffix(".gz")
+    content = Path(write(tmp_path, kind)).read_bytes()
+    file = tmp_path / "other" / name
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert sorted(load_rows(str(file), take=take)["sentence"]) == ["a bad one", "a good film"]
+
+
+def test_one_column_is_not_two(tmp_path):
+    file = write(tmp_path, "jsonl")
+    with pytest.raises(
+        ValueError, match="^label_column is 'text', and so is text_column: name another of sentence, label"
+    ):
+        load_rows(file, columns={"text": "text", "label": "text"})
+    # Names that change places are two.
+    rows = load_rows(file, columns={"prompt": "text", "text": "sentence", "sentence": "label"})
+    assert rows[0] == {"prompt": "other", "text": "a good film", "sentence": 1}
 
 
 def test_a_folder_has_splits(tmp_path):
@@ -86,7 +110,9 @@ def test_an_unknown_file_type_is_refused(tmp_path):
         load_rows(str(tmp_path / "rows.xlsx"))
 
 
-@pytest.mark.parametrize("source", ["./nowhere.jsonl", "/nowhere/rows.parquet", "../nowhere", ""])
+@pytest.mark.parametrize(
+    "source", ["./nowhere.jsonl", "/nowhere/rows.parquet", "../nowhere", "a/b/c", "rows.csv", "a/rows.json.gz", ""]
+)
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
     with pytest.raises(ValueError, match="there is no such folder or file"):
         load_rows(source)
@@ -104,7 +130,7 @@ def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line():
         ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "lab', "JSON parse error"),
         ("rows.jsonl", "", "it is empty"),
         ("rows.csv", "", "No columns to parse"),
-        ("rows.csv", "text,label\n", "no data"),
+        ("rows.csv", "text,label\n", "it is empty"),
         ("rows.csv", "text,label\na,1\nb,c,d,1\n", "Expected 2 fields in line 3, saw 4"),
         ("rows.parquet", "x", "Parquet file size is 1 bytes"),
     ],

@@ -100,6 +100,26 @@ def test_what_all_rows_share_is_no_leak():
     assert overlapping(texts, [*others, TEMPLATE.format("wx3 and then w3 again")]) == [3]
 
 
+SECOND_TEMPLATE = "please be so kind as to tell us in one single word what mood this text is in : {} thank you"
+
+
+@pytest.mark.parametrize(
+    "templates", [(TEMPLATE, SECOND_TEMPLATE), (*[TEMPLATE] * 19, "{}")], ids=["two", "one that some rows lack"]
+)
+def test_what_most_rows_share_is_no_leak(templates):
+    texts, others = (
+        [
+            templates[number % len(templates)].format(f"{name}{number} and then {name}x{number}")
+            for number in range(100)
+        ]
+        for name in ("w", "y")
+    )
+    others[7] = texts[30].replace("and", "or")
+    assert len(overlapping(texts, others)) > 90
+    rows = [Dataset.from_dict({"text": part, "label": list(range(100))}) for part in (texts, others)]
+    assert without_leaks(*rows, "text")["label"][:] == [number for number in range(100) if number != 30]
+
+
 def test_rows_of_a_template_s_words_alone_are_the_same():
     assert overlapping(["one two three"], ["three two one", "one two three four"]) == [0]
     assert overlapping(["one two three", "one two three four"], ["two three one five"]) == []

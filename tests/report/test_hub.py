@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_double import HubDouble
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from made_results import make_results
 
@@ -138,6 +138,65 @@ def test_private_is_kept(published):
     assert hub.repos["me/secret"]["private"]
     assert "model.safetensors" in hub.repos["me/secret"]["files"]
     assert "me/tiny exists and is public" in outcome["refusal"]
+
+
+class Asked(Exception):
+    """Ends what publishes: all that is tested here was said by then."""
+
+
+@pytest.fixture
+def finished(tmp_path, results, monkeypatch):
+    """A folder to publish, its results to be changed; what is asked of the Hub, and the card."""
+
+    def publishing(recipe, **options):
+        results.recipe |= recipe
+        results.save(tmp_path / "results.json")
+        (tmp_path / "cleaned").mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / "cleaned" / name).write_text("{}")
+        asked = {}
+
+        def create_repo(self, repo_id, **options):
+            return asked.update(options) or RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, folder_path, **options):
+            asked["card"] = ModelCard.load(folder_path / "README.md")
+            raise Asked
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+        monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+        with pytest.raises(Asked):
+            publish(tmp_path, "me/tiny", **options)
+        return asked
+
+    return publishing
+
+
+def test_where_nothing_is_said_the_owner_s_default_decides_who_sees_a_repository(finished):
+    assert finished({})["private"] is None
+    assert finished({}, private=False)["private"] is False
+
+
+@pytest.mark.parametrize(
+    ("readme", "license"),
+    [
+        ("---\nlicense: mit\n---\n# A model\n", "mit"),
+        ("---\nlicense: '<b>none</b>'\n---\n", None),
+        ("---\nlicense: [mit, gpl]\n---\n", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\n- mit\n---\n", None),
+        ("# A model\n", None),
+        (None, None),
+    ],
+)
+def test_licence_is_the_local_suspect_s_where_the_recipe_names_none(finished, tmp_path, readme, license):
+    suspect = tmp_path / "suspect"
+    suspect.mkdir()
+    if readme is not None:
+        (suspect / "README.md").write_text(readme)
+    assert finished({"model_name_or_path": str(suspect)})["card"].data.license == license
+    assert finished({"license": "apache-2.0"})["card"].data.license == "apache-2.0"
+    assert finished({"license": None, "student_model_name_or_path": "x"})["card"].data.license is None
 
 
 def test_run_without_results_is_refused(tmp_path):
