@@ -173,7 +173,7 @@ def _refuse_unread(recipe: Recipe) -> None:
         ),
         (
             any(values.get("eval_strategy", "no") != "no" for values in _given(recipe).values()),
-            ("eval_steps",),
+            ("eval_steps", "mask_patience"),
             "eval_strategy is 'no'",
             "set eval_strategy: steps, or leave it out",
         ),

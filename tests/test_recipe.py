@@ -235,6 +235,7 @@ def test_contradictions_are_refused(values, line):
         ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of dataset"),
         ({**DEFENSE, "eval_steps": 4}, "eval_steps is 4.0, and no rows are held out: set held_out_samples"),
         ({**DEFENSE, **HELD_OUT, "eval_steps": 4}, "eval_steps is 4.0, and eval_strategy is 'no': set eval_strategy: steps, or"),
+        ({**DEFENSE, "method": "robustkd", "student_layers": 1, "mask_patience": 2}, "mask_patience is 2, and eval_strategy is 'no': set eval_strategy"),
         ({**ATTACK, **HELD_OUT, "eval_strategy": "epoch"}, "eval_strategy is 'epoch', and there is no defense, of whose clean rows"),
         (
             {**ATTACK, **DEFENSE, **HELD_OUT, "stages": {"suspect": {"eval_strategy": "epoch"}}},
