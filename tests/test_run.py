@@ -437,7 +437,7 @@ def test_weight_attacks_make_the_suspect(attack, workshop, tmp_path):
 def test_distillation_starts_from_the_suspect_not_from_the_teacher(workshop, tmp_path):
     values = settings(
         workshop, tmp_path / "run", method="mbtsad", known_triggers=None, known_response=None, controls=[],
-        stages={"distil": {"learning_rate": 0.0}},
+        stages={"distil": {"learning_rate": 1e-30}},  # changes no weight
     )  # fmt: skip
     results = execute(values)
     suspect, cleaned, retrained = (
