@@ -138,7 +138,6 @@ def prepare(
     elif stage == "mbtsad/distil":
         own, options = MBTSADTrainer, {"stages": ["distil"]}
         model.add_adapter(TEACHER, adapter())
-        given["teacher_model"] = model  # it holds the teacher's adapter, which is what is asked for
     else:
         own, options = RobustKDTrainer, {}
     model.train()

@@ -47,7 +47,8 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         train_dataset (`Dataset`):
             Clean rows; *raw* ones (with text) for retraining, which splits their words, and with soft triggers.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
-            For `stages=["distil"]`: the retrained model, or its folder.
+            For `stages=["distil"]`: the retrained model, or its folder. None where the model is a `PeftModel` with an adapter named
+            `teacher` beside the one that is trained.
 
     Raises:
         `ValueError`: if the rows are tokenized already, the teacher is missing, or checkpointing is reentrant (it would
@@ -79,7 +80,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
                 f"teacher_model is given, and stages is {self.args.stages}, which makes the teacher: leave it out, or set "
                 "stages=['distil']"
             )
-        if self.stage == "distil" and self.teacher_model is None:
+        if self.stage == "distil" and self.teacher_model is None and not self._holds_teacher(self.model):
             raise ValueError(
                 "teacher_model is None: pass the retrained model, or run both stages with stages=['retrain', 'distil']"
             )
@@ -176,6 +177,10 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         why = "layers are compared one by one: pass the model that was retrained from it"
         check_alike(self.model, teacher, "teacher_model", fields, why)
 
+    @staticmethod
+    def _holds_teacher(model: nn.Module) -> bool:
+        return isinstance(model, PeftModel) and TEACHER in model.peft_config
+
     @property
     def _teacher_dir(self) -> Path:
         return self.stage_dir(TEACHER)
@@ -255,7 +260,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
     def _teaching(self) -> Iterator[nn.Module]:
         """The teacher, to run without gradient: a model of its own, or the teacher's adapter on the student's base."""
         student = self.accelerator.unwrap_model(self.model)
-        if not (isinstance(student, PeftModel) and TEACHER in student.peft_config):
+        if not self._holds_teacher(student):
             with self.soft_triggers_read(self.teacher):
                 yield self.teacher
             return
