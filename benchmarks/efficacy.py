@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import tables
-import yaml
 from datasets import load_dataset
 from tables import RESULTS
 
@@ -136,7 +135,7 @@ def run_cell(recipe: str, trigger: str, seed: int, options: argparse.Namespace) 
         overrides["poison_rate"] = LABEL_CONSISTENT_RATES[data]
     file = HERE.parent / "recipes" / options.method / f"{recipe}.yaml"
     if options.jobs > 1:
-        run_beside(file, overrides, yaml.safe_load(file.read_text(encoding="utf-8"))["controls"], options)
+        run_beside(file, overrides, tables.shipped(options.method, recipe)["controls"], options)
     run(file, overrides, options)
     if classifies and not shared.is_dir():
         with contextlib.suppress(OSError):  # another cell was faster

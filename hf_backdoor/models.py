@@ -73,9 +73,8 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
         except Exception as error:  # damaged files, or a configuration alone, of a kind of which none can be made up
             if "trust_remote_code" in str(error):
                 raise
-            load_config(
-                name_or_path, revision=revision
-            )  # without which there is no tokenizer either, and which says why
+            # Without a configuration there is no tokenizer either, and this says why.
+            load_config(name_or_path, revision=revision)
             raise ValueError(
                 f"model {name_or_path!r} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): {TOKENIZER}"
             ) from None

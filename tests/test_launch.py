@@ -14,6 +14,9 @@ from hf_backdoor.cli import ACCELERATE_CONFIGS, launch_command
 from hf_backdoor.evaluation import Results
 
 
+SHIPPED = ["cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return tiny.classifier_recipe(
@@ -57,7 +60,7 @@ def test_accelerate_launch_that_starts_one_process_of_two_is_refused(recipe, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_configuration_asks_for_what_its_name_says(name):
     args = commands.launch_command_parser().parse_args(
         ["--config_file", str(ACCELERATE_CONFIGS / f"{name}.yaml"), "run"]
@@ -77,5 +80,4 @@ def test_a_shipped_configuration_asks_for_what_its_name_says(name):
 
 
 def test_every_shipped_configuration_is_looked_at():
-    looked_at = test_a_shipped_configuration_asks_for_what_its_name_says.pytestmark[0].args[1]
-    assert {path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml")} == set(looked_at)
+    assert {path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml")} == set(SHIPPED)
