@@ -12,9 +12,10 @@
 | `trigger_id` | [B] | all | 0 clean, k >= 1 carries the defender's k-th known trigger |
 
 A causal LM's answers end at the last column, so the head runs on A + 1 positions (`logits_to_keep`), never on T.
+A collator of the user's own need give neither of the last two, and may pad a classifier's texts on either side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,15 +131,45 @@ class ImageCollator:
         }
 
 
+class WithSideColumns:
+    """A collator of the user's own, which need not know of ours: `trigger_id` comes along, and so does `readout_position`, moved by the
+    padding on a text's left. Rows have it by the text alone."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> dict[str, Tensor]:
+        known = isinstance(features[0], Mapping)
+        given = {
+            name: torch.tensor([row[name] for row in features])
+            for name in SIDE_COLUMNS
+            if known and name in features[0]
+        }
+        batch = dict(self.collator(features))
+        if "trigger_id" in given:
+            batch["trigger_id"] = given["trigger_id"]
+        place = given.get("readout_position", given["prompt_length"] - 1 if "prompt_length" in given else None)
+        if place is None:
+            return batch
+        mask = batch.get("attention_mask")
+        padding = 0 if mask is None else mask.int().argmax(dim=1)
+        # What says something else than the rows is a collator's own reckoning: it may cut texts.
+        own = batch.get("readout_position", place)
+        batch["readout_position"] = torch.where(own == place, place + padding, own)
+        return batch
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that batches are padded with: that of the end of a sequence where there is none for it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def collator_for(
-    processor: PreTrainedTokenizerBase | BaseImageProcessor, pad_to_multiple_of: int | None = None
-) -> DefenseCollator | ImageCollator:
-    """The collator of a model that a processor belongs to."""
+    processor: PreTrainedTokenizerBase | BaseImageProcessor, pad_to_multiple_of: int | None = None, own: Any = None
+) -> DefenseCollator | ImageCollator | WithSideColumns:
+    """The collator of a model that a processor belongs to, or the user's own, if there is one."""
+    if own is not None:
+        return WithSideColumns(own)
     if isinstance(processor, BaseImageProcessor):
         return ImageCollator(processor)
     return DefenseCollator(processor, pad_to_multiple_of)

@@ -124,7 +124,7 @@ class DefenseTrainer(CheckpointTrainer):
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
-            data_collator=data_collator or collator_for(processing_class, args.pad_to_multiple_of),
+            data_collator=collator_for(processing_class, args.pad_to_multiple_of, data_collator),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
