@@ -199,9 +199,19 @@ def given_labels(labels: Tensor, word_ids: Tensor | None) -> Tensor:
     Args:
         labels (`Tensor`): [B] of a classification head, or [B, A], an answer's tokens and -100 elsewhere.
         word_ids (`Tensor`, *optional*): [K], first tokens of the label words; none for a head.
+
+    Raises:
+        `ValueError`: if an answer is none of the words.
     """
     if word_ids is None:
         return labels
     first = (labels != -100).int().argmax(dim=1)
     answers = labels[torch.arange(len(labels), device=labels.device), first]
-    return (answers[:, None] == word_ids).int().argmax(dim=1)
+    same = answers[:, None] == word_ids
+    if not same.any(dim=1).all():
+        other = answers[~same.any(dim=1)][0].item()
+        raise ValueError(
+            f"an answer begins with token {other}, and label_words with {word_ids.tolist()}: leave such rows out, or pass raw rows, "
+            "which are answered by these words"
+        )
+    return same.int().argmax(dim=1)

@@ -121,7 +121,12 @@ class ClassTrainer(DefenseTrainer):
 
     def logits_over_rows(self, network: PreTrainedModel, dataset: Dataset) -> Tensor:
         """[N, K] in float32: a network's class logits of all rows."""
-        return self.over_rows(dataset, lambda batch: self.class_logits(self.forward(network, batch).logits, batch))
+
+        def work(batch: dict[str, Tensor]) -> Tensor:
+            self.given_labels(batch)  # refuses other answers before the first step
+            return self.class_logits(self.forward(network, batch).logits, batch)
+
+        return self.over_rows(dataset, work)
 
 
 def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str, Any]) -> list[Tensor]:
