@@ -6,7 +6,11 @@ import tiny
 import topics
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hf_backdoor.defenses.robustkd import RobustKDConfig, RobustKDTrainer
+from hf_backdoor.defenses import METHODS, DefenseTrainer
+from hf_backdoor.defenses.locphylax import LocphylaxTrainer
+from hf_backdoor.defenses.ntml import NTMLTrainer
+from hf_backdoor.defenses.reading import OwnAnswersTrainer
+from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDConfig, RobustKDTrainer
 
 
 LORA = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
@@ -51,6 +55,31 @@ def test_a_model_is_not_its_own_teacher(method, argument, adapter, tmp_path):
 def test_a_teacher_that_would_not_be_asked_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^teacher_model is given, and stages is .*: leave it out, or set stages"):
         tiny.trainer("label_words", "mbtsad", tmp_path, teacher_model=tiny.model("llama", 7))
+
+
+@pytest.mark.parametrize(
+    "trainer", [DefenseTrainer, LocphylaxTrainer, FeatureMaskTrainer, OwnAnswersTrainer, NTMLTrainer]
+)
+def test_a_trainer_that_asks_no_teacher_takes_none(trainer, tmp_path):
+    args = trainer.config_class()(str(tmp_path), use_cpu=True)
+    with pytest.raises(
+        ValueError, match=f"^teacher_model is given, and {trainer.__name__} would not read it: leave it out"
+    ):
+        trainer(tiny.model("bert"), args, processing_class=tiny.tokenizer("bert"), teacher_model=tiny.model("bert", 7))
+
+
+def test_a_teacher_beside_the_adapter_that_teaches_is_refused(tmp_path):
+    model = get_peft_model(tiny.model("bert"), LORA)
+    model.add_adapter("teacher", LORA)
+    tiny.trainer(NAME, "distil", tmp_path, model=model, teacher_model=None)
+    with pytest.raises(ValueError, match="^teacher_model is given, and model has an adapter named 'teacher', which"):
+        tiny.trainer(NAME, "distil", tmp_path, model=model, teacher_model=tiny.model("bert", 7))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_no_stage_or_control_is_given_a_teacher_that_it_would_not_ask(method):
+    steps = [*method.stages.values(), *(step for control in method.controls.values() for step in control.values())]
+    assert all(step.trainer.takes_teacher for step in steps if "teacher_model" in step.inputs)
 
 
 # ---- Alike ----

@@ -68,6 +68,7 @@ class RobustKDTrainer(InformedTrainer):
     """
 
     takes_streams = False  # margins are measured on rows from all over the set
+    takes_teacher = True
 
     def __init__(
         self,
