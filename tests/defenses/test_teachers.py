@@ -127,6 +127,15 @@ def test_distilled_logits_are_of_the_same_answers(name, teacher, line, tmp_path)
     student(teacher(), tmp_path, name).train()  # features alone need no such thing
 
 
+def test_a_teacher_that_can_t_read_the_student_s_tokens_is_refused(tmp_path):
+    """It was an IndexError from its embeddings. One that is padded less far reads them all."""
+    with pytest.raises(
+        ValueError, match="^vocab_size is 60 in teacher_model, and 65 in the model, whose tokenizer has 65"
+    ):
+        student(wide(60), tmp_path, "label_words").train()
+    student(wide(65), tmp_path, "label_words", model=wide(72)).train()
+
+
 def test_a_deeper_teacher_is_none_of_the_suspect(tmp_path):
     """Layer 1 of four is not layer 1 of two, though their maps are of one size."""
     teacher = tiny.model("llama", 7)
