@@ -100,9 +100,7 @@ class LocphylaxConfig(ReadingConfig):
                 "load_best_model_at_end is true, and Locphylax evaluates clean rows and planted ones apart: leave it out, or set "
                 "metric_for_best_model (eval_clean_loss, which favours the checkpoint with the least planted in it)"
             )
-        for name in ("cluster_weight", "trigger_weight"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose 0, which leaves it out, or more")
+        self.refuse_negative("cluster_weight", "trigger_weight")
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
         if self.train_sampling_strategy not in ("random", "group_by_length"):
@@ -112,9 +110,4 @@ class LocphylaxConfig(ReadingConfig):
             )
         super().__post_init__()
         rules = {"inject": "stop_at_known_rate", "recover": "stop_at_known_gap"}
-        for rule in [rules[stage] for stage in self.stages]:
-            if getattr(self, rule) is not None and self.eval_strategy == "no":
-                raise ValueError(
-                    f"{rule} is {getattr(self, rule)}, and eval_strategy is 'no', so nothing would look at it: set eval_strategy (and "
-                    "pass an eval_dataset), or leave it out"
-                )
+        self.refuse_unwatched(*(rules[stage] for stage in self.stages))
