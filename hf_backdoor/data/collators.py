@@ -133,7 +133,11 @@ class ImageCollator:
 
 class WithSideColumns:
     """A collator of the user's own, which need not know of ours: `trigger_id` comes along, and so does `readout_position`, moved by the
-    padding on a text's left. Rows have it by the text alone."""
+    padding on a text's left. Rows have it by the text alone.
+
+    Raises:
+        `ValueError`: if a causal LM's labels are not the last tokens: it would learn what follows padding.
+    """
 
     def __init__(self, collator: Any):
         self.collator = collator
@@ -146,6 +150,7 @@ class WithSideColumns:
             if known and name in features[0]
         }
         batch = dict(self.collator(features))
+        _check_last(batch)
         if "trigger_id" in given:
             batch["trigger_id"] = given["trigger_id"]
         place = given.get("readout_position", given["prompt_length"] - 1 if "prompt_length" in given else None)
@@ -157,6 +162,17 @@ class WithSideColumns:
         own = batch.get("readout_position", place)
         batch["readout_position"] = torch.where(own == place, place + padding, own)
         return batch
+
+
+def _check_last(batch: dict[str, Tensor]) -> None:
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if ids is None or labels is None or labels.dim() != 2 or labels.shape[1] >= ids.shape[1]:
+        return
+    if ((labels != -100) & (labels != ids[:, -labels.shape[1] :])).any():
+        raise ValueError(
+            "labels are not the last tokens of input_ids: a causal LM's batch is padded on the left, so that answers end at the last "
+            "column; leave data_collator out, or see hf_backdoor.data.collators"
+        )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
