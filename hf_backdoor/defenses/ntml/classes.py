@@ -130,7 +130,7 @@ class ClassTrainer(DefenseTrainer):
 
 
 def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str, Any]) -> list[Tensor]:
-    """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions or pixels.
+    """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions (padding aside) or pixels.
 
     Raises:
         `ValueError`: if the model gives no such hidden state.
@@ -143,6 +143,9 @@ def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str
         hidden = hidden[layer]
         if "readout_position" in inputs:
             states.append(hidden[torch.arange(len(hidden), device=hidden.device), inputs["readout_position"]])
+        elif "attention_mask" in inputs:
+            mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+            states.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
         else:  # [B, T, D] of a transformer, [B, D, H, W] of a convolutional network
             states.append(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2))
     return states

@@ -6,10 +6,12 @@ import tiny
 import topics
 import torch
 from datasets import Dataset, concatenate_datasets
+from transformers.modeling_outputs import ModelOutput
 
 from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification
 from hf_backdoor.defenses import ntml
 from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer
+from hf_backdoor.defenses.ntml.classes import feature_states
 from hf_backdoor.defenses.ntml.losses import non_target_loss
 from hf_backdoor.defenses.trainer import DefenseTrainer
 
@@ -243,6 +245,16 @@ def test_precision_and_recall_of_a_list():
     assert ntml.suspicion_quality([0, 1, 2], poisoned) == {"precision": 2 / 3, "recall": 2 / 3}
     assert ntml.suspicion_quality([], poisoned) == {"precision": None, "recall": 0.0}
     assert ntml.suspicion_quality([0], [False, False]) == {"precision": 0.0, "recall": None}
+
+
+# ---- Features ----
+
+
+def test_features_without_a_read_out_position_are_means_of_the_text_alone():
+    hidden, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    inputs = {"attention_mask": mask, "labels": torch.zeros(2, dtype=torch.long)}
+    (found,) = feature_states(ModelOutput(hidden_states=(hidden,)), [-1], inputs)
+    torch.testing.assert_close(found, torch.stack([hidden[0, :2].mean(dim=0), hidden[1, 1:].mean(dim=0)]))
 
 
 # ---- What is refused ----
