@@ -12,9 +12,10 @@
 | `trigger_id` | [B] | all | 0 clean, k >= 1 carries the defender's k-th known trigger |
 
 A causal LM's answers end at the last column, so the head runs on A + 1 positions (`logits_to_keep`), never on T.
+A collator of the user's own need give neither of the last two, and may pad a classifier's texts on either side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,15 +131,61 @@ class ImageCollator:
         }
 
 
+class WithSideColumns:
+    """A collator of the user's own, which need not know of ours: `trigger_id` comes along, and so does `readout_position`, moved by the
+    padding on a text's left. Rows have it by the text alone.
+
+    Raises:
+        `ValueError`: if a causal LM's labels are not the last tokens: it would learn what follows padding.
+    """
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> dict[str, Tensor]:
+        known = isinstance(features[0], Mapping)
+        given = {
+            name: torch.tensor([row[name] for row in features])
+            for name in SIDE_COLUMNS
+            if known and name in features[0]
+        }
+        batch = dict(self.collator(features))
+        _check_last(batch)
+        if "trigger_id" in given:
+            batch["trigger_id"] = given["trigger_id"]
+        place = given.get("readout_position", given["prompt_length"] - 1 if "prompt_length" in given else None)
+        if place is None:
+            return batch
+        mask = batch.get("attention_mask")
+        padding = 0 if mask is None else mask.int().argmax(dim=1)
+        # What says something else than the rows is a collator's own reckoning: it may cut texts.
+        own = batch.get("readout_position", place)
+        batch["readout_position"] = torch.where(own == place, place + padding, own)
+        return batch
+
+
+def _check_last(batch: dict[str, Tensor]) -> None:
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if ids is None or labels is None or labels.dim() != 2 or labels.shape[1] >= ids.shape[1]:
+        return
+    if ((labels != -100) & (labels != ids[:, -labels.shape[1] :])).any():
+        raise ValueError(
+            "labels are not the last tokens of input_ids: a causal LM's batch is padded on the left, so that answers end at the last "
+            "column; leave data_collator out, or see hf_backdoor.data.collators"
+        )
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that batches are padded with: that of the end of a sequence where there is none for it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def collator_for(
-    processor: PreTrainedTokenizerBase | BaseImageProcessor, pad_to_multiple_of: int | None = None
-) -> DefenseCollator | ImageCollator:
-    """The collator of a model that a processor belongs to."""
+    processor: PreTrainedTokenizerBase | BaseImageProcessor, pad_to_multiple_of: int | None = None, own: Any = None
+) -> DefenseCollator | ImageCollator | WithSideColumns:
+    """The collator of a model that a processor belongs to, or the user's own, if there is one."""
+    if own is not None:
+        return WithSideColumns(own)
     if isinstance(processor, BaseImageProcessor):
         return ImageCollator(processor)
     return DefenseCollator(processor, pad_to_multiple_of)
@@ -168,9 +215,19 @@ def given_labels(labels: Tensor, word_ids: Tensor | None) -> Tensor:
     Args:
         labels (`Tensor`): [B] of a classification head, or [B, A], an answer's tokens and -100 elsewhere.
         word_ids (`Tensor`, *optional*): [K], first tokens of the label words; none for a head.
+
+    Raises:
+        `ValueError`: if an answer is none of the words.
     """
     if word_ids is None:
         return labels
     first = (labels != -100).int().argmax(dim=1)
     answers = labels[torch.arange(len(labels), device=labels.device), first]
-    return (answers[:, None] == word_ids).int().argmax(dim=1)
+    same = answers[:, None] == word_ids
+    if not same.any(dim=1).all():
+        other = answers[~same.any(dim=1)][0].item()
+        raise ValueError(
+            f"an answer begins with token {other}, and label_words with {word_ids.tolist()}: leave such rows out, or pass raw rows, "
+            "which are answered by these words"
+        )
+    return same.int().argmax(dim=1)

@@ -62,23 +62,26 @@ def defend(
         `PreTrainedModel`: The cleaned model: `model`, or `student` where there is one.
 
     Raises:
-        `ValueError`: if the method, a stage or an argument is unknown, or a student is missing.
+        `ValueError`: if the method, a stage or an argument is unknown or would not be read, or a student is missing.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: use one of {', '.join(METHODS)}")
     plan, stages = METHODS[method], stages or {}
     if unknown := sorted(set(stages) - set(plan.stages)):
         raise ValueError(f"stages has {unknown}: {method} has {', '.join(plan.stages)}")
-    known = {field.name for field in fields(plan.config)}
-    for name, values in {"": arguments, **stages}.items():
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{name or 'arguments'} has {unknown}: see {plan.config.__name__} for what there is")
+    configs = {name: step.trainer.config_class() for name, step in plan.stages.items()} | {"arguments": plan.config}
+    for name, values in {"arguments": arguments, **stages}.items():
+        if unknown := sorted(set(values) - {field.name for field in fields(configs[name])}):
+            raise ValueError(f"{name} has {unknown}: see {configs[name].__name__} for what there is")
     if plan.trains_on_suspect_rows:
         raise ValueError(
             f"method is {method!r}, which needs the rows that made the suspect too: run a recipe, or its trainers"
         )
-    if student is None and any(step.starts_from == "student" for step in plan.stages.values()):
+    distils = any(step.starts_from == "student" for step in plan.stages.values())
+    if student is None and distils:
         raise ValueError(f"student is None, and {method} distils into one: pass student_from_layers(model, ...)")
+    if student is not None and not distils:
+        raise ValueError(f"student is given, and {method} cleans the model itself: leave it out, or use robustkd")
     words = {key: arguments.get(key) for key in ("label_words", "prompt_template", "system_prompt")}
     task = infer_task(model, clean, **words)
     refuse_images(method, type(task))
@@ -90,6 +93,11 @@ def defend(
         return step.trainer.config_class().takes(arguments, stages.get(name, {}), plan.config) | step.overrides
 
     steps = asked_for(plan.stages, plan.stages, values_of)
+    if idle := [name for name in stages if name not in steps]:
+        reason = plan.stages[idle[0]].only_with
+        raise ValueError(
+            f"stages has {idle}, and {reason} is 0, which leaves {idle[0]} out: set {reason}, or leave it out here"
+        )
     for name, step in steps.items():
         if step.starts_from == "suspect":
             model.load_state_dict(suspect)

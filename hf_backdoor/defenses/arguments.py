@@ -24,6 +24,8 @@ NOT_READ = {
     "model_init": "pass the model itself, one for each trainer",
     "compute_loss_func": "override loss_terms, which gives one value for each sample",
 }
+# Nor what asks no teacher (`takes_teacher`).
+NO_TEACHER = {"teacher_model": "leave it out, or take a trainer that distils, for example RobustKDTrainer"}
 
 
 def check_arguments(
@@ -33,7 +35,7 @@ def check_arguments(
 
     Args:
         trainer ([`DefenseTrainer`]): Not more than its class is read.
-        others (`dict[str, Any]`): What goes on to `Trainer`.
+        others (`dict[str, Any]`): The teacher, and what goes on to `Trainer`.
 
     Raises:
         `ValueError`: with the fix.
@@ -45,7 +47,7 @@ def check_arguments(
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
         )
-    for name, instead in NOT_READ.items():
+    for name, instead in (NOT_READ if trainer.takes_teacher else NOT_READ | NO_TEACHER).items():
         if others.get(name) is not None:
             raise ValueError(f"{name} is given, and {type(trainer).__name__} would not read it: {instead}")
     if not isinstance(model, nn.Module):

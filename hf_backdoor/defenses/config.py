@@ -1,5 +1,6 @@
 """Arguments that all defenses share, on top of `TrainingArguments`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -53,13 +54,27 @@ class DefenseConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.augmentation not in AUGMENTATIONS:
-            raise ValueError(f"augmentation is {self.augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
+        choose("augmentation", self.augmentation, AUGMENTATIONS)
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, and the losses here know none: leave it at 0"
             )
         super().__post_init__()
+
+    def refuse_negative(self, *names: str) -> None:
+        """Of weights; one that is not set is none."""
+        for name in names:
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 0, which leaves it out, or more")
+
+    def refuse_unwatched(self, *names: str) -> None:
+        """Of what goes by evaluations, where there are none."""
+        for name in names:
+            if getattr(self, name) is not None and self.eval_strategy == "no":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and eval_strategy is 'no', so nothing would look at it: set eval_strategy (and "
+                    "pass an eval_dataset), or leave it out"
+                )
 
     @property
     def reentrant(self) -> bool:
@@ -80,3 +95,8 @@ class DefenseConfig(TrainingArguments):
         known = {f.name: f.name not in defaults or f.default == defaults[f.name] for f in fields(cls)}
         shared = {name: value for name, value in arguments.items() if known.get(name)}
         return shared | {name: value for name, value in stage.items() if name in known}
+
+
+def choose(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")

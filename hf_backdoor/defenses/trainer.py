@@ -69,7 +69,7 @@ class DefenseTrainer(CheckpointTrainer):
         peft_config (`PeftConfig`, *optional*):
             Trains an adapter in place of all the weights.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
-            Second model of a method that distils, or its folder: frozen, and loaded when it is first needed.
+            Second model of a method that distils (`takes_teacher`), or its folder: frozen, and loaded when it is first needed.
         kwargs:
             Everything else that `Trainer` takes, but for `model_init` and `compute_loss_func`.
 
@@ -83,6 +83,8 @@ class DefenseTrainer(CheckpointTrainer):
     loss_is_scaled_for_ga = True
     # Whether the training rows may be a stream. What plants, splits or measures goes over all of them before it trains.
     takes_streams = True
+    # Whether its losses ask a teacher.
+    takes_teacher = False
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class DefenseTrainer(CheckpointTrainer):
         **kwargs: Any,
     ):
         args = self.config_class()("tmp_trainer") if args is None else args
-        check_arguments(self, model, args, peft_config, kwargs)
+        check_arguments(self, model, args, peft_config, kwargs | {"teacher_model": teacher_model})
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args
@@ -124,7 +126,7 @@ class DefenseTrainer(CheckpointTrainer):
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
-            data_collator=data_collator or collator_for(processing_class, args.pad_to_multiple_of),
+            data_collator=collator_for(processing_class, args.pad_to_multiple_of, data_collator),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,

@@ -2,7 +2,14 @@ import pytest
 import tiny
 import torch
 
-from hf_backdoor.data import DefenseCollator, InstructionFollowing, LabelWords, SequenceClassification, class_logits
+from hf_backdoor.data import (
+    DefenseCollator,
+    InstructionFollowing,
+    LabelWords,
+    SequenceClassification,
+    class_logits,
+    collator_for,
+)
 
 
 def batch_of(task, tokenizer, rows):
@@ -106,6 +113,48 @@ def test_padding_to_a_multiple(wordpiece, chat, multiple, width):
     assert padded["attention_mask"][:, :shift].sum() == 0
     assert torch.equal(padded["labels"], plain["labels"])
     assert torch.equal(padded["readout_position"], plain["readout_position"] + shift)
+
+
+# ---- Collators of the user's own ----
+
+
+class Pads:
+    """As a script has it: what the model takes, on one side or the other, and with a causal LM's answers as labels."""
+
+    def __init__(self, side, **more):
+        self.side, self.more = side, more
+
+    def __call__(self, features):
+        width = max(len(row["input_ids"]) for row in features) + 1
+        batch = {"input_ids": [], "attention_mask": []}
+        for row in features:
+            padding = [0] * (width - len(row["input_ids"]))
+            for name, values in (("input_ids", row["input_ids"]), ("attention_mask", [1] * len(row["input_ids"]))):
+                batch[name].append([*padding, *values] if self.side == "left" else [*values, *padding])
+        return {name: torch.tensor(rows) for name, rows in batch.items()} | self.more
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("task", [SequenceClassification(2), LabelWords(("positive", "no me"), tiny.TEMPLATE)])
+def test_a_collator_of_the_user_s_own_reads_out_where_ours_does(side, task, chat):
+    features, expected = batch_of(task, chat, [{"text": "a b c", "label": 1}, {"text": "a", "label": 0}])
+    features = [{**row, "trigger_id": number} for number, row in enumerate(features)]
+    batch = collator_for(None, own=Pads(side))(features)
+    assert batch["trigger_id"].tolist() == [0, 1]
+    at = batch["readout_position"] - (batch["attention_mask"].cumsum(dim=1) == 0).sum(dim=1)
+    plain = expected["readout_position"] - (expected["attention_mask"].cumsum(dim=1) == 0).sum(dim=1)
+    assert at.tolist() == plain.tolist()
+
+
+def test_a_position_that_a_collator_has_reckoned_itself_stays(chat):
+    features, _ = batch_of(SequenceClassification(2), chat, [{"text": "a b c", "label": 1}, {"text": "a", "label": 0}])
+    batch = collator_for(None, own=Pads("left", readout_position=torch.tensor([0, 3])))(features)
+    assert batch["readout_position"].tolist() == [0, 3]
+
+
+def test_rows_that_are_no_columns_are_left_as_they_are():
+    batch = collator_for(None, own=lambda rows: {"labels": torch.tensor(rows)[:, 1]})([(1, 2), (3, 4)])
+    assert list(batch) == ["labels"] and batch["labels"].tolist() == [2, 4]
 
 
 # ---- Logits of the classes ----

@@ -125,3 +125,22 @@ def test_robustkd_gives_the_student_and_leaves_the_suspect_as_it_was(suspect, tm
 def test_unknown_arguments_are_refused(suspect, tmp_path):
     with pytest.raises(ValueError, match=r"^arguments has \['learning_rat'\]: see LocphylaxConfig"):
         clean(suspect, tmp_path, learning_rat=1)
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (
+            {"stages": {"search": {"max_steps": 1}}},
+            r"^stages has \['search'\], and searched_triggers is 0, which leaves",
+        ),
+        (
+            {"stages": {"soft_search": {"stop_at_known_gap": 0.1}}},
+            r"^soft_search has \['stop_at_known_gap'\]: see ReadingConfig",
+        ),
+        ({"student": tiny.model("bert", 1)}, "^student is given, and locphylax cleans the model itself: leave it out"),
+    ],
+)
+def test_what_would_not_be_read_is_refused(options, line, suspect, tmp_path):
+    with pytest.raises(ValueError, match=line):
+        clean(suspect, tmp_path, **options)

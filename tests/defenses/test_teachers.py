@@ -6,7 +6,11 @@ import tiny
 import topics
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hf_backdoor.defenses.robustkd import RobustKDConfig, RobustKDTrainer
+from hf_backdoor.defenses import METHODS, DefenseTrainer
+from hf_backdoor.defenses.locphylax import LocphylaxTrainer
+from hf_backdoor.defenses.ntml import NTMLTrainer
+from hf_backdoor.defenses.reading import OwnAnswersTrainer
+from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDConfig, RobustKDTrainer
 
 
 LORA = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
@@ -53,6 +57,31 @@ def test_a_teacher_that_would_not_be_asked_is_refused(tmp_path):
         tiny.trainer("label_words", "mbtsad", tmp_path, teacher_model=tiny.model("llama", 7))
 
 
+@pytest.mark.parametrize(
+    "trainer", [DefenseTrainer, LocphylaxTrainer, FeatureMaskTrainer, OwnAnswersTrainer, NTMLTrainer]
+)
+def test_a_trainer_that_asks_no_teacher_takes_none(trainer, tmp_path):
+    args = trainer.config_class()(str(tmp_path), use_cpu=True)
+    with pytest.raises(
+        ValueError, match=f"^teacher_model is given, and {trainer.__name__} would not read it: leave it out"
+    ):
+        trainer(tiny.model("bert"), args, processing_class=tiny.tokenizer("bert"), teacher_model=tiny.model("bert", 7))
+
+
+def test_a_teacher_beside_the_adapter_that_teaches_is_refused(tmp_path):
+    model = get_peft_model(tiny.model("bert"), LORA)
+    model.add_adapter("teacher", LORA)
+    tiny.trainer(NAME, "distil", tmp_path, model=model, teacher_model=None)
+    with pytest.raises(ValueError, match="^teacher_model is given, and model has an adapter named 'teacher', which"):
+        tiny.trainer(NAME, "distil", tmp_path, model=model, teacher_model=tiny.model("bert", 7))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_no_stage_or_control_is_given_a_teacher_that_it_would_not_ask(method):
+    steps = [*method.stages.values(), *(step for control in method.controls.values() for step in control.values())]
+    assert all(step.trainer.takes_teacher for step in steps if "teacher_model" in step.inputs)
+
+
 # ---- Alike ----
 
 
@@ -96,6 +125,15 @@ def test_distilled_logits_are_of_the_same_answers(name, teacher, line, tmp_path)
     with pytest.raises(ValueError, match=f"^{line} in the model, .* or set logit_weight: 0"):
         student(teacher(), tmp_path, name, logit_weight=1.0).train()
     student(teacher(), tmp_path, name).train()  # features alone need no such thing
+
+
+def test_a_teacher_that_can_t_read_the_student_s_tokens_is_refused(tmp_path):
+    """It was an IndexError from its embeddings. One that is padded less far reads them all."""
+    with pytest.raises(
+        ValueError, match="^vocab_size is 60 in teacher_model, and 65 in the model, whose tokenizer has 65"
+    ):
+        student(wide(60), tmp_path, "label_words").train()
+    student(wide(65), tmp_path, "label_words", model=wide(72)).train()
 
 
 def test_a_deeper_teacher_is_none_of_the_suspect(tmp_path):

@@ -40,6 +40,8 @@ class LocphylaxConfig(ReadingConfig):
         cluster_weight (`float`, *optional*):
             alpha. By default a power of ten, measured once on the incoming model, with which clustering weighs at most as
             much as injection; 0 leaves the clustering loss out.
+        published_alpha (`bool`, *optional*, defaults to `False`):
+            Measures alpha by the paper's formula, under which clustering weighs up to ten times as much as injection.
         centre_momentum (`float`, *optional*, defaults to 0.9):
             How much of a trigger's centre stays from one optimizer step to the next.
         trigger_weight (`float`, *optional*, defaults to 1.0):
@@ -73,6 +75,7 @@ class LocphylaxConfig(ReadingConfig):
     cluster_weight: float | None = field(
         default=None, metadata={"help": "alpha; by default a measured power of ten, 0 leaves the loss out."}
     )
+    published_alpha: bool = field(default=False, metadata={"help": "Measures alpha by the paper's own formula."})
     centre_momentum: float = field(default=0.9, metadata={"help": "Share of a centre kept from step to step."})
     trigger_weight: float = field(default=1.0, metadata={"help": "Weight of triggered samples in recovery."})
     stop_at_known_rate: float | None = field(
@@ -100,9 +103,11 @@ class LocphylaxConfig(ReadingConfig):
                 "load_best_model_at_end is true, and Locphylax evaluates clean rows and planted ones apart: leave it out, or set "
                 "metric_for_best_model (eval_clean_loss, which favours the checkpoint with the least planted in it)"
             )
-        for name in ("cluster_weight", "trigger_weight"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose 0, which leaves it out, or more")
+        self.refuse_negative("cluster_weight", "trigger_weight")
+        if self.published_alpha and self.cluster_weight is not None:
+            raise ValueError(
+                f"published_alpha is True, and cluster_weight is {self.cluster_weight}, so alpha is not measured: leave one out"
+            )
         if not 0 <= self.centre_momentum < 1:
             raise ValueError(f"centre_momentum is {self.centre_momentum}: choose from 0 up to, but not, 1")
         if self.train_sampling_strategy not in ("random", "group_by_length"):
@@ -112,9 +117,4 @@ class LocphylaxConfig(ReadingConfig):
             )
         super().__post_init__()
         rules = {"inject": "stop_at_known_rate", "recover": "stop_at_known_gap"}
-        for rule in [rules[stage] for stage in self.stages]:
-            if getattr(self, rule) is not None and self.eval_strategy == "no":
-                raise ValueError(
-                    f"{rule} is {getattr(self, rule)}, and eval_strategy is 'no', so nothing would look at it: set eval_strategy (and "
-                    "pass an eval_dataset), or leave it out"
-                )
+        self.refuse_unwatched(*(rules[stage] for stage in self.stages))

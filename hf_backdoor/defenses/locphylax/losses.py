@@ -51,14 +51,16 @@ def clustering_loss(states: Tensor, trigger_ids: Tensor, centres: Tensor) -> Ten
     return own + member.sum(dim=1) * others
 
 
-def balance(injection_loss: float, clustering_loss: float) -> float:
+def balance(injection_loss: float, clustering_loss: float, published: bool = False) -> float:
     """alpha = 10 ** floor(log10(L_inj / L_cluster)) from the two losses on the incoming model.
 
-    The paper has 10 ** (floor(log10 L_inj) - floor(log10 L_cluster)), which is the same or ten times more: clustering then
-    weighs up to ten times as much as injection, and pulls the states of clean samples together as well, until the model
+    The paper has 10 ** (floor(log10 L_inj) - floor(log10 L_cluster)) (`published`), which is the same or ten times more: clustering
+    then weighs up to ten times as much as injection, and pulls the states of clean samples together as well, until the model
     answers everything with the known response (see `docs/locphylax.md`). With one floor it never outweighs injection.
     A loss of 0 (a model that has learnt the planted behaviour already, or states that are equal) gives 1.
     """
     if injection_loss <= 0 or clustering_loss <= 0:
         return 1.0
+    if published:
+        return 10.0 ** (math.floor(math.log10(injection_loss)) - math.floor(math.log10(clustering_loss)))
     return 10.0 ** math.floor(math.log10(injection_loss / clustering_loss))

@@ -267,7 +267,8 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             clustering_loss(states, ids, self.centres).sum() / trigger_membership(ids, self.num_groups - 1)[:, 0].sum()
         )
         alpha = self.args.cluster_weight
-        alpha = balance(torch.cat(losses).mean().item(), cluster.item()) if alpha is None else alpha
+        if alpha is None:
+            alpha = balance(torch.cat(losses).mean().item(), cluster.item(), self.args.published_alpha)
         self.alpha = torch.tensor(alpha, device=states.device)
 
     @torch.no_grad()

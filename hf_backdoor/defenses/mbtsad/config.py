@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..config import choose
 from ..reading import ReadingConfig
 from .splitting import TokenSplit
 
@@ -99,14 +100,11 @@ class MBTSADConfig(ReadingConfig):
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['retrain', 'distil'], or one of the two")
-        for name, choices in {"attention_loss": ("maps", "nad"), "attention_backend": ("lean", "eager")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(choices)}")
-        weights = {name: getattr(self, name) for name in ("attention_weight", "hidden_weight", "task_weight")}
-        for name, value in weights.items():
-            if value < 0:
-                raise ValueError(f"{name} is {value}: choose 0, which leaves the loss out, or more")
-        if not any(weights.values()):
+        choose("attention_loss", self.attention_loss, ("maps", "nad"))
+        choose("attention_backend", self.attention_backend, ("lean", "eager"))
+        weights = ("attention_weight", "hidden_weight", "task_weight")
+        self.refuse_negative(*weights)
+        if not any(getattr(self, name) for name in weights):
             raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn from; raise one")
         _ = self.token_split
         super().__post_init__()

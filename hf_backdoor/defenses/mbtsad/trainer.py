@@ -55,6 +55,8 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             leave the attention loss without gradient); or, when it is first asked, if the teacher is of another size.
     """
 
+    takes_teacher = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.reentrant:
@@ -79,6 +81,10 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             raise ValueError(
                 f"teacher_model is given, and stages is {self.args.stages}, which makes the teacher: leave it out, or set "
                 "stages=['distil']"
+            )
+        if self.teacher_model is not None and self._holds_teacher(self.model):
+            raise ValueError(
+                f"teacher_model is given, and model has an adapter named {TEACHER!r}, which teaches: leave it out, or delete_adapter({TEACHER!r})"
             )
         if self.stage == "distil" and self.teacher_model is None and not self._holds_teacher(self.model):
             raise ValueError(

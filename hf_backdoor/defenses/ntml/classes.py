@@ -121,11 +121,16 @@ class ClassTrainer(DefenseTrainer):
 
     def logits_over_rows(self, network: PreTrainedModel, dataset: Dataset) -> Tensor:
         """[N, K] in float32: a network's class logits of all rows."""
-        return self.over_rows(dataset, lambda batch: self.class_logits(self.forward(network, batch).logits, batch))
+
+        def work(batch: dict[str, Tensor]) -> Tensor:
+            self.given_labels(batch)  # refuses other answers before the first step
+            return self.class_logits(self.forward(network, batch).logits, batch)
+
+        return self.over_rows(dataset, work)
 
 
 def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str, Any]) -> list[Tensor]:
-    """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions or pixels.
+    """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions (padding aside) or pixels.
 
     Raises:
         `ValueError`: if the model gives no such hidden state.
@@ -138,6 +143,9 @@ def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str
         hidden = hidden[layer]
         if "readout_position" in inputs:
             states.append(hidden[torch.arange(len(hidden), device=hidden.device), inputs["readout_position"]])
+        elif "attention_mask" in inputs:
+            mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+            states.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
         else:  # [B, T, D] of a transformer, [B, D, H, W] of a convolutional network
             states.append(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2))
     return states

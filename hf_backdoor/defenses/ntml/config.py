@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ..config import DefenseConfig
+from ..config import DefenseConfig, choose
 
 
 SoftLabels = Literal["renormalised", "negative", "all_classes"]
@@ -92,13 +92,11 @@ class NTMLConfig(DefenseConfig):
 
     def __post_init__(self) -> None:
         for name, choices in {"soft_labels": SoftLabels, "mutual_direction": Direction, "product": Product}.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(get_args(choices))}")
+            choose(name, getattr(self, name), get_args(choices))
         for name in ("temperature", "sharpening"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose one above 0, for example 1.0")
-        if self.feature_weight < 0:
-            raise ValueError(f"feature_weight is {self.feature_weight}: choose 0 or more")
+        self.refuse_negative("feature_weight")
         if not 0 <= self.relabel_below <= 1:
             raise ValueError(f"relabel_below is {self.relabel_below}: choose a probability, for example 0.2, or 0")
         if not self.feature_layers:

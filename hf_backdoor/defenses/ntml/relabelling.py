@@ -57,6 +57,7 @@ class RelabellingTrainer(ClassTrainer):
             or if rows for a causal LM are tokenized.
     """
 
+    takes_teacher = True
     # Which rows have another label or are left out, and which class it is, once `train()` has begun.
     changes: Dataset | None = None
     split: SplitClass | None = None

@@ -57,6 +57,8 @@ class NonTargetTrainer(ClassTrainer):
         `ValueError`: if answers are free texts, or if there are two classes only.
     """
 
+    takes_teacher = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.data_collator = WithTeacherLogits(self.data_collator)

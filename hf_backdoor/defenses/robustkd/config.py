@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..config import DefenseConfig
+from ..config import DefenseConfig, choose
 from ..reading import ReadingConfig
 
 
@@ -72,8 +72,7 @@ class FeatureMaskConfig(DefenseConfig):
         choose("variance_place", self.variance_place, PLACES)
         if not 0 < self.mask_threshold <= 1:
             raise ValueError(f"mask_threshold is {self.mask_threshold}: choose a number above 0 and up to 1")
-        if self.variance_weight < 0:
-            raise ValueError(f"variance_weight is {self.variance_weight}: choose 0, which leaves it out, or more")
+        self.refuse_negative("variance_weight")
         if self.mask_positions < 1:
             raise ValueError(f"mask_positions is {self.mask_positions}: choose 1 or more")
         if (self.variance_axes, self.variance_place) == ("all", "normed"):
@@ -110,7 +109,8 @@ class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
             `"mse"`, between the connected student feature and the teacher's normed one, or `"margin"`, the partial
             distance of the paper's distiller (https://huggingface.co/papers/1904.01866), for images.
         logit_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the divergence between the masked teacher's logits and the student's. 0 leaves it out.
+            Weight of the divergence between the masked teacher's logits and the student's. 0 leaves it out; with no features and no
+            own answers either there would be no teacher, which is refused.
         temperature (`float`, *optional*, defaults to 2.0):
             Of that divergence.
 
@@ -145,9 +145,12 @@ class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
             texts(self.student_feature_layers),
         )
         choose("feature_loss", self.feature_loss, FEATURE_LOSSES)
-        for name in ("feature_weight", "logit_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose 0, which leaves the loss out, or more")
+        self.refuse_negative("feature_weight", "logit_weight")
+        if not (self.feature_weight or self.logit_weight or self.own_answers):
+            raise ValueError(
+                "feature_weight, logit_weight and own_answers are all 0: there is nothing to learn from the teacher; raise one, or train "
+                "the student by itself with DefenseTrainer (in a recipe the control student_alone)"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: choose a number above 0, for example 2")
         super().__post_init__()
@@ -156,8 +159,3 @@ class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
 def texts(layers: list[str] | None) -> list[str] | None:
     """Block numbers may come as numbers."""
     return None if layers is None else [str(layer) for layer in layers]
-
-
-def choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")

@@ -44,11 +44,7 @@ class FeatureMaskTrainer(DefenseTrainer):
 
     def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.mask_patience is not None and self.args.eval_strategy == "no":
-            raise ValueError(
-                f"mask_patience is {self.args.mask_patience}, and eval_strategy is 'no', so nothing would look at it: set "
-                "eval_strategy (and pass an eval_dataset), or leave it out"
-            )
+        self.args.refuse_unwatched("mask_patience")
         # The rows are the teacher's: its signature says which columns they keep.
         self._set_signature_columns_if_needed()
         self.teacher_model = self.model

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ...data import base_model
-from .config import FORMS, SHAPES, choose
+from ..config import choose
+from .config import FORMS, SHAPES
 from .features import as_tokens, captured, layer_names, looking, model_inputs, valid_tokens
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -68,6 +68,7 @@ class RobustKDTrainer(InformedTrainer):
     """
 
     takes_streams = False  # margins are measured on rows from all over the set
+    takes_teacher = True
 
     def __init__(
         self,
@@ -126,6 +127,15 @@ class RobustKDTrainer(InformedTrainer):
     # ---- Teacher ----
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
+        models = (base_model(self.model), base_model(teacher))
+        own, its = (getattr(model.config.get_text_config(), "vocab_size", None) for model in models)
+        tokens = len(self.processing_class) if isinstance(self.processing_class, PreTrainedTokenizerBase) else 0
+        # Models may have embeddings beyond the tokenizer's last token, and one be padded further than the other.
+        if own and its and its < min(own, tokens):
+            raise ValueError(
+                f"vocab_size is {its} in teacher_model, and {own} in the model, whose tokenizer has {tokens} tokens: pass a teacher that "
+                "reads the same ones"
+            )
         if self.args.logit_weight:
             words = auto_class(base_model(self.model)) is AutoModelForCausalLM
             why = "logits are compared one by one: pass two with the same answers, or set logit_weight: 0"

@@ -78,6 +78,21 @@ def test_balance_is_a_power_of_ten(injection, clustering, alpha):
     assert balance(injection, clustering) == pytest.approx(alpha, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "injection, clustering, alpha",
+    [
+        (5.0, 3.0, 1.0),  # floors 0 and 0
+        (3.0, 5.0, 1.0),  # 0 and 0; of the ratio -1
+        (0.7, 350.0, 1e-3),  # -1 and 2
+        (1.2, 980.0, 1e-2),  # 0 and 2; of the ratio -3
+        (42.0, 0.5, 100.0),  # 1 and -1; of the ratio 1
+        (0.0, 5.0, 1.0),
+    ],
+)
+def test_the_published_alpha_floors_each_loss_by_itself(injection, clustering, alpha):
+    assert balance(injection, clustering, published=True) == pytest.approx(alpha, rel=1e-12)
+
+
 @pytest.mark.parametrize("injection, clustering", [(1.01, 9.9), (9.9, 1.01), (7.3, 700.0), (3.0, 3.0)])
 def test_clustering_never_outweighs_injection(injection, clustering):
     assert injection / 10 < balance(injection, clustering) * clustering <= injection

@@ -139,6 +139,21 @@ def test_alpha_balances_the_two_losses_on_the_incoming_model(tmp_path):
     torch.testing.assert_close(trainer.centres, torch.lerp(moved, centres, 0.9), atol=1e-5, rtol=1e-5)
 
 
+def test_alpha_may_be_the_paper_s(tmp_path, monkeypatch):
+    """Of an injection loss of 3 and a clustering loss of 50: 10 ** (0 - 1), and not 10 ** floor(log10 0.06)."""
+
+    def injection(logits, labels):
+        return logits.mean(dim=(1, 2)) * 0 + 3.0
+
+    def clustering(states, ids, centres):
+        return states.mean(dim=1) * 0 + 25.0 * (ids > 0)  # two triggers
+
+    monkeypatch.setattr(LocphylaxTrainer, "task_loss", staticmethod(injection))
+    monkeypatch.setattr("hf_backdoor.defenses.locphylax.trainer.clustering_loss", clustering)
+    assert first_step(tmp_path / "ours").alpha.item() == pytest.approx(0.01)
+    assert first_step(tmp_path / "paper", published_alpha=True).alpha.item() == pytest.approx(0.1)
+
+
 def test_logs_hold_each_loss_and_alpha(tmp_path):
     trainer = first_step(tmp_path)
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -310,6 +325,10 @@ def test_tokenized_rows_are_refused(where, tmp_path):
         ({"known_response": " "}, "known_response is ' '"),
         ({"trigger_weight": -0.5}, "trigger_weight is -0.5: choose 0"),
         ({"cluster_weight": -1.0}, "cluster_weight is -1.0: choose 0"),
+        (
+            {"cluster_weight": 0.1, "published_alpha": True},
+            "published_alpha is True, and cluster_weight is 0.1, .*: leave",
+        ),
     ],
 )
 def test_bad_settings_are_refused(options, line, tmp_path):

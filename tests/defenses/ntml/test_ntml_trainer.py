@@ -5,11 +5,13 @@ import pytest
 import tiny
 import topics
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from transformers.modeling_outputs import ModelOutput
 
 from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification
 from hf_backdoor.defenses import ntml
 from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer
+from hf_backdoor.defenses.ntml.classes import feature_states
 from hf_backdoor.defenses.ntml.losses import non_target_loss
 from hf_backdoor.defenses.trainer import DefenseTrainer
 
@@ -245,6 +247,16 @@ def test_precision_and_recall_of_a_list():
     assert ntml.suspicion_quality([0], [False, False]) == {"precision": 0.0, "recall": None}
 
 
+# ---- Features ----
+
+
+def test_features_without_a_read_out_position_are_means_of_the_text_alone():
+    hidden, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    inputs = {"attention_mask": mask, "labels": torch.zeros(2, dtype=torch.long)}
+    (found,) = feature_states(ModelOutput(hidden_states=(hidden,)), [-1], inputs)
+    torch.testing.assert_close(found, torch.stack([hidden[0, :2].mean(dim=0), hidden[1, 1:].mean(dim=0)]))
+
+
 # ---- What is refused ----
 
 
@@ -264,6 +276,19 @@ def test_two_classes_are_refused(stage, tmp_path):
 def test_free_answers_are_refused(stage, tmp_path):
     with pytest.raises(ValueError, match="^task is instruction_following: .* use label_words"):
         topics.trainer("label_words", stage, tmp_path, train_dataset=tiny.instructions(8), task=InstructionFollowing())
+
+
+@pytest.mark.parametrize("stage", ["non_target", "mutual"])
+def test_an_answer_that_is_no_label_word_is_of_no_class(stage, tmp_path):
+    """In rows that somebody else has tokenized: it was taken for one of class 0."""
+    tokenizer, task = tiny.causal_tokenizer(), topics.TASKS["label_words"]
+    other = LabelWords(("positive", "negative one", "neutral", "banana"), tiny.TEMPLATE)
+    rows = concatenate_datasets([kind.encode_rows(topics.texts(4), tokenizer) for kind in (task, other)])
+    line = f"^an answer begins with token {tiny.VOCABULARY.index('banana')}, and label_words with .*: leave such rows"
+    trainer = topics.trainer("label_words", stage, tmp_path, train_dataset=rows, max_steps=1)
+    with pytest.raises(ValueError, match=line):
+        trainer.suspicion(rows) if stage == "mutual" else trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_missing_network_is_refused(tmp_path):

@@ -305,6 +305,8 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     for options in ({"feature_loss": "l1"}, {"temperature": 0.0}, {"feature_weight": -1.0}, {"logit_weight": -1.0}):
         with pytest.raises(ValueError, match=f"^{next(iter(options))} is"):
             RobustKDConfig(str(tmp_path), use_cpu=True, **options)
+    with pytest.raises(ValueError, match="^feature_weight, logit_weight and own_answers are all 0: .* student_alone"):
+        RobustKDConfig(str(tmp_path), use_cpu=True, feature_weight=0.0)
     trainer = robust.distilling("label_words", tmp_path)
     trainer.teacher_model = None
     with pytest.raises(ValueError, match="^teacher_model is None"):
