@@ -179,6 +179,21 @@ def test_two_processes_train_as_one(engine, name, adapter, stage, root):
         assert tiny.largest_difference(saved, reloaded(name, stage, folder / stage / "resumed")) == 0
 
 
+def test_what_zero_3_keeps_in_the_host_s_memory_trains_as_one_process(tmp_path):
+    def work():
+        options = engines.arguments("zero3_offload") | {"per_device_train_batch_size": 4}
+        made = trainer("label_words", "inject", False, tmp_path / "work", **options)
+        made.train()
+        zero = made.model_wrapped.optimizer  # where there is no other memory, its word is all there is
+        return outcome(made, tmp_path / "whole"), (zero.offload_param, zero.offload_optimizer)
+
+    losses, offloaded = engines.in_engine("zero3_offload", work, tmp_path)
+    assert offloaded == (True, True)
+    expected, weights = in_one_process("label_words", False, "inject")
+    assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6) and len(set(losses)) > 1
+    assert tiny.largest_difference(reloaded("label_words", "inject", tmp_path / "whole"), weights) < 1e-5
+
+
 def test_a_student_is_measured_and_its_best_state_taken_back_while_fsdp_trains_it(tmp_path):
     options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     # The first state, to tell it from the last one.
