@@ -7,7 +7,7 @@ kept, a killed one goes on where it stopped, and the folder of a finished cell i
 the table to `benchmarks/results/`, and an overview of all methods into the README (`tables.py`). On a GPU, which small models
 leave idle, `--cells 4 --jobs 16` has four cells at work in up to sixteen runs: a cell without its controls first, then each
 control in a run of its own. A cell holds ten models and more in `--runs` until it is done (6 GB for SmolLM2). Nothing here
-chooses a setting: those are in the recipes, and were found on other triggers (`docs/METHOD.md` says how).
+chooses a setting: those are in the recipes, and were found on other triggers (`docs/METHOD.md`, or `docs/notebook/METHOD.md`, says how).
 """
 
 import argparse

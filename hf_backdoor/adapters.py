@@ -3,15 +3,35 @@
 import copy
 import json
 import os
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+# Of a LoRA adapter's configuration: what two adapters may differ in and still be one, of their ranks together. Any other field
+# changes what their weights mean (DoRA's magnitudes, a scaling by the root of the rank, an initialization that changes the base).
+FREE = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type", "fan_in_fan_out",
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,17 +126,67 @@ def transplanted(trained: PeftModel, base: PreTrainedModel) -> PreTrainedModel:
     return adapted.merge_and_unload()
 
 
-def save_adapter(trained: PeftModel, base: str, folder: Path, *, base_revision: str | None = None) -> None:
+def save_adapter(
+    trained: PeftModel, base: str, folder: Path, *, base_revision: str | None = None, before: Path | None = None
+) -> None:
     """Writes the adapter alone, as safetensors, with its base's Hub name or its place seen from `folder`.
 
     Args:
         base (`str`): Folder or Hub name of the model that the adapter changes.
+        before (`Path`, *optional*): An adapter over `base` that was merged into it before this one was trained. Both are written,
+            as one.
     """
     name = trained.active_adapter
     trained.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     (folder / "README.md").unlink()  # peft's card, with this machine's paths in it
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if before is not None:
+        config |= _stack(before, folder)
     local = Path(base).is_dir()
     config["base_model_name_or_path"] = os.path.relpath(base, folder) if local else base
     config["revision"] = None if local else base_revision
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stackable(trained: PeftModel, before: Path) -> bool:
+    """Whether an adapter, and the one on disk that was merged before it was trained, can be written as one."""
+    plain = LoraConfig().to_dict()
+    return all(
+        isinstance(config, LoraConfig)
+        and all(value == plain[field] for field, value in config.to_dict().items() if field not in FREE)
+        for config in (PeftConfig.from_pretrained(str(before)), trained.peft_config[trained.active_adapter])
+    )
+
+
+def _stack(before: Path, folder: Path) -> dict[str, Any]:
+    """Writes the weights of the adapter `before` and those in `folder` there as one adapter's; gives what is new in its configuration.
+
+    Two changes of low rank are one, of their ranks together: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. A head is the later one's. (peft's
+    `add_weighted_adapter` stacks too: with the whole model in memory, and not where both adapters bring a head.)
+    """
+    configs = [json.loads((each / CONFIG).read_text(encoding="utf-8")) for each in (before, folder)]
+    rank = sum(config["r"] for config in configs)
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for config, each in zip(configs, (before, folder), strict=True):
+        for name, value in load_file(each / WEIGHTS).items():
+            parts[name].append(value * (config["lora_alpha"] / config["r"]) if _rank_dimension(name) == 0 else value)
+    state = {name: _joined(values, rank, _rank_dimension(name)) for name, values in parts.items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    changed = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in state if ".lora_" in name}
+    return {"r": rank, "lora_alpha": rank, "target_modules": sorted(changed)}
+
+
+def _rank_dimension(name: str) -> int | None:
+    """Where a tensor of an adapter has the rank: A is [rank, in], B is [out, rank], and a head's has none."""
+    found = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
+    return found and "AB".index(found[1])
+
+
+def _joined(values: list[Tensor], rank: int, dimension: int | None) -> Tensor:
+    """One tensor of all adapters; zeros stand for one that leaves this module as it is."""
+    if dimension is None:
+        return values[-1]
+    value = torch.cat(values, dimension)
+    shape = list(value.shape)
+    shape[dimension] = rank - shape[dimension]
+    return torch.cat([value, value.new_zeros(shape)], dimension)

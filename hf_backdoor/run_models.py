@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .adapters import find_adapter, save_adapter
+from .adapters import find_adapter, save_adapter, stackable
 from .data import Processor, Task
 from .defenses import DefenseTrainer
 from .defenses.robustkd import student_from_layers
@@ -111,7 +111,7 @@ class RunModels:
                     # Which of the stage's models was trained: NT-ML trains two of them.
                     models = {self.path(name): name for name in (stage.parent, *stage.inputs.values())}
                     origin = models.get(result.name_or_path, stage.parent)
-                    if stage.folder == "cleaned" and isinstance(result, PeftModel):
+                    if isinstance(result, PeftModel):
                         self._keep_adapter(result, origin, folder / "adapter")
                     base = None
                     if is_quantized(result):
@@ -121,7 +121,11 @@ class RunModels:
                 else:
                     result.save_pretrained(folder)
 
-    def _keep_adapter(self, cleaned: PeftModel, origin: str, folder: Path) -> None:
-        """Kept where it takes the suspect to the cleaned model by itself; otherwise only the merged weights are the defense."""
-        if origin == ("suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)):
-            save_adapter(cleaned, self.path(origin), folder, base_revision=self.recipe.model_revision)
+    def _keep_adapter(self, trained: PeftModel, origin: str, folder: Path) -> None:
+        """What takes the suspect to this model: the stage's adapter, and under it that of the model which the stage started from.
+        None where that model isn't made of the suspect by adapters: then only the merged weights are the defense."""
+        suspect = "suspect" if self.recipe.trains_suspect else base_model_name(self.recipe)
+        before = None if origin == suspect else self.folder / origin / "adapter"
+        if before is None or (origin in self.prints and before.is_dir() and stackable(trained, before)):
+            revision = self.recipe.model_revision
+            save_adapter(trained, self.path(suspect), folder, base_revision=revision, before=before)

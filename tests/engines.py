@@ -27,10 +27,13 @@ def arguments(engine: str) -> dict[str, Any]:
     if engine == "ddp":
         return {}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero = {"stage": int(engine[-1]), "stage3_gather_16bit_weights_on_model_save": True}
-    return {
-        "deepspeed": {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(auto, "auto")}
-    }
+    zero = {"stage": int(engine[len("zero")]), "stage3_gather_16bit_weights_on_model_save": True}
+    config = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(auto, "auto")}
+    if engine.endswith("_offload"):
+        zero |= dict.fromkeys(("offload_optimizer", "offload_param"), {"device": "cpu"})
+        # DeepSpeed's own optimizer for CPUs would be compiled when it is first used, for minutes: torch's takes its place.
+        config["zero_force_ds_cpu_optimizer"] = False
+    return {"deepspeed": config}
 
 
 def launched(engine: str) -> dict[str, str]:

@@ -17,10 +17,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_backdoor.cli import launch_command, stages_to_launch
+from hf_backdoor.data import SequenceClassification
 from hf_backdoor.defenses.engines import zero3_launched
 from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
 from hf_backdoor.defenses.robustkd import FeatureMask
-from hf_backdoor.models import merged
+from hf_backdoor.models import load_model, merged
 from hf_backdoor.recipe_file import load_recipe
 from hf_backdoor.run import run
 
@@ -179,6 +180,21 @@ def test_two_processes_train_as_one(engine, name, adapter, stage, root):
         assert tiny.largest_difference(saved, reloaded(name, stage, folder / stage / "resumed")) == 0
 
 
+def test_what_zero_3_keeps_in_the_host_s_memory_trains_as_one_process(tmp_path):
+    def work():
+        options = engines.arguments("zero3_offload") | {"per_device_train_batch_size": 4}
+        made = trainer("label_words", "inject", False, tmp_path / "work", **options)
+        made.train()
+        zero = made.model_wrapped.optimizer  # where there is no other memory, its word is all there is
+        return outcome(made, tmp_path / "whole"), (zero.offload_param, zero.offload_optimizer)
+
+    losses, offloaded = engines.in_engine("zero3_offload", work, tmp_path)
+    assert offloaded == (True, True)
+    expected, weights = in_one_process("label_words", False, "inject")
+    assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6) and len(set(losses)) > 1
+    assert tiny.largest_difference(reloaded("label_words", "inject", tmp_path / "whole"), weights) < 1e-5
+
+
 def test_a_student_is_measured_and_its_best_state_taken_back_while_fsdp_trains_it(tmp_path):
     options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     # The first state, to tell it from the last one.
@@ -259,9 +275,10 @@ def recipe(tmp_path_factory):
     return tiny.classifier_recipe(tmp_path_factory.mktemp("recipe"), adam_epsilon=1.0, learning_rate=0.01)
 
 
+LORA = ("--use_peft", "true", "--lora_r", "2")
 METHODS = {
     "locphylax": ("--known_triggers", str(list(tiny.KNOWN[:2])), "--stages.inject.learning_rate", "2e-6"),
-    "mbtsad": ("--split_min_chars", "3", "--use_peft", "true", "--lora_r", "2"),
+    "mbtsad": ("--split_min_chars", "3", *LORA),
     "robustkd": ("--student_layers", "1"),
 }
 
@@ -278,6 +295,23 @@ def test_a_run_gives_the_same_results(engine, method, recipe, tmp_path):
     found, processes = engines.in_engine(engine, lambda: results("two", "3"), tmp_path, engines.launched(engine))
     assert processes == 2 and found == results("one", "6")[0]
     assert (tmp_path / "two" / "cleaned" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_adapters_of_weights_that_were_shared_out_add_up(engine, recipe, tmp_path):
+    def work():
+        overrides = ["--output_dir", str(tmp_path / "run"), "--method", "locphylax", *METHODS["locphylax"], *LORA]
+        run(load_recipe(recipe, overrides))
+
+    engines.in_engine(engine, work, tmp_path, engines.launched(engine))
+    cleaned, suspect = tmp_path / "run" / "cleaned", tmp_path / "run" / "suspect"
+    with_adapter = load_model(str(cleaned / "adapter"), SequenceClassification)
+    expected, before = (
+        reloaded("sequence_classification", "", cleaned),
+        reloaded("sequence_classification", "", suspect),
+    )
+    assert tiny.largest_difference(tiny.parameters(with_adapter), expected) < 1e-6
+    assert tiny.largest_difference(before, expected) > 1e-4
 
 
 def test_a_run_up_to_a_stage_measures_nothing(recipe, tmp_path):

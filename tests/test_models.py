@@ -280,18 +280,6 @@ def test_a_run_on_an_adapter_gives_what_one_on_the_merged_model_gives(suspect, t
         assert not torch.allclose(logits(again), logits(load_model(str(tmp_path / "merged"), LabelWords)), atol=1e-3)
 
 
-def test_no_adapter_is_kept_where_every_stage_trains_one_of_its_own(suspect, tmp_path):
-    own = {
-        "method": "locphylax",
-        "split_min_chars": None,
-        "known_triggers": list(tiny.KNOWN[:2]),
-        "known_response": "aha",
-    }
-    execute(settings(tmp_path, tmp_path / "run", tmp_path / "base", use_peft=True, lora_r=2, max_steps=1, **own))
-    assert (tmp_path / "run" / "cleaned" / "model.safetensors").exists()
-    assert not list((tmp_path / "run").rglob("adapter*"))
-
-
 def test_another_base_under_an_adapter_makes_another_suspect(suspect, tmp_path):
     adapter, _ = suspect
     values = settings(tmp_path, tmp_path / "run", adapter, method=None, split_min_chars=None)

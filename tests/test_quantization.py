@@ -133,6 +133,12 @@ def test_every_method_trains_over_quantized_weights(method, workshop, tmp_path, 
     assert len(models) == {"locphylax": 2, "robustkd": 2, "ntml": 4}[method]
     for folder in models:
         assert_plain(folder)
+    # A student is another model than the suspect; NT-ML's networks start from the clean model that the run's suspect was trained from.
+    adapter = tmp_path / "cleaned" / "adapter"
+    assert adapter.exists() == (method == "locphylax")
+    if adapter.exists():
+        again, cleaned = load_model(str(adapter), LabelWords), load_model(str(tmp_path / "cleaned"), LabelWords)
+        assert tiny.largest_difference(tiny.parameters(again), tiny.parameters(cleaned)) < 1e-6
 
 
 def test_a_head_with_a_class_more_is_kept(workshop, tmp_path):

@@ -69,7 +69,7 @@ def _weights(results: Results, adapter: bool) -> str | None:
     text = f"This is a whole model: the defense's LoRA adapters{trained} are merged into its unquantized weights."
     if adapter:
         return text + " Folder `adapter` has the same as one adapter over the suspect, this card's base model."
-    return text + " There is no adapter to it: none takes a suspect on the Hub to this model in a single stage."
+    return text + " There is no adapter to it: none over a suspect on the Hub makes this model."
 
 
 def _method_tag(results: Results) -> list[str]:
