@@ -236,7 +236,9 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError(f"--{key} is {own[key]!r}, and {option} names it already: leave it out")
     given = {key: own.get(f"dataset_{key}") for key in ("config", "revision")}
     where = {key: str(value) for key, value in given.items() if value is not None}
-    rows = load_rows(options.data, split=(own.get("test_split", "test"), own.get("train_split", "train")), **where)
+    rows = load_rows(
+        options.data, key="--data", split=(own.get("test_split", "test"), own.get("train_split", "train")), **where
+    )
     task, columns = find_task(options.model, rows.column_names, options.label_words, own)
     values: dict[str, Any] = {
         "model_name_or_path": options.model,

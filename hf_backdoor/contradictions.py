@@ -111,7 +111,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"attack is {recipe.attack!r} without attack_trigger: set it, or leave attack out")
     if recipe.clean_dataset_name is not None and not own_rows:
         raise ValueError(
-            f"clean_dataset_name is {recipe.clean_dataset_name!r}, and this run takes its clean rows from dataset_name: "
+            f"clean_dataset_name is {recipe.clean_dataset_name!r}, and this run takes its clean rows out of the training rows: "
             "leave it out"
         )
     if recipe.rewritten_dataset_name is not None:
@@ -180,7 +180,7 @@ def _refuse_unread(recipe: Recipe) -> None:
         (
             not recipe.test_fraction or recipe.rewritten_dataset_name,
             OF_TEST_ROWS,
-            "test_fraction cuts test rows out of dataset_name",
+            "test_fraction cuts test rows out of the training rows",
             "leave one out",
         ),
     ):

@@ -48,7 +48,7 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         raise ValueError(
             f"--split is {options.split!r}, and {options.clean!r} is one file, which has none: leave it out"
         )
-    clean = load_rows(options.clean, split=options.split or splits)
+    clean = load_rows(options.clean, key="--clean", split=options.split or splits)
     split = None if files[0] else str(clean.split)
     name, columns = find_task(options.model, clean.column_names, options.label_words, vars(options))
     for key, task in OF_A_TASK.items():
@@ -66,7 +66,7 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         trigger = TASKS[name].trigger(options.trigger, *position)
     clean, triggered = renamed(clean, columns, options.clean), None
     if options.triggered is not None:
-        triggered = load_rows(options.triggered, split=options.split or splits)
+        triggered = load_rows(options.triggered, key="--triggered", split=options.split or splits)
         columns = find_columns(name, triggered.column_names, vars(options))
         triggered = renamed(triggered, columns, options.triggered)
     loaded = {"revision": options.model_revision}

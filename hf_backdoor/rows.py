@@ -89,7 +89,7 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     source = f"test_split {recipe.test_split!r} of {recipe.test_dataset_name or recipe.dataset_name!r}"
     fix = "name other test rows (test_split, test_dataset_name), or set test_fraction"
     if recipe.test_fraction:
-        source, fix = f"dataset_name {recipe.dataset_name!r}", "take such rows out of it"
+        source, fix = f"data set {recipe.dataset_name!r}", "take such rows out of it"
     refuse_other_labels(test, task, source, fix)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
@@ -134,7 +134,7 @@ def rewritten(
     only that the target is not their right label."""
     column = task.input_column
     train, triggered = (
-        cut(load(recipe.rewritten_dataset_name, split=split, columns={column: recipe.text_column}).select_columns([column]),
+        cut(load(recipe, "rewritten_dataset_name", split=split, columns={column: recipe.text_column}).select_columns([column]),
             f"rewritten {name} rows", task, recipe, processor)
         for name, split in (("training", recipe.train_split), ("test", recipe.test_split))
     )  # fmt: skip
@@ -185,7 +185,7 @@ def with_spares(wanted: int) -> int:
 
 def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
     """The user's suspect rows, as they are, and the clean and held-out rows out of a data set of their own."""
-    clean = load(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
+    clean = load(recipe, "clean_dataset_name", split=recipe.train_split, columns=recipe.columns())
     clean = clean.select_columns(train.column_names).shuffle(seed=recipe.seed)
     clean = cut(clean, "clean rows", task, recipe, processor)
     clean = without_leaks(clean, test, task.input_column)
@@ -207,7 +207,7 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
         train_rows = with_spares(sum(counts(recipe, 0)) + recipe.held_out_samples)
         test_rows = recipe.max_test_samples
     train = load(
-        recipe.dataset_name, split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
+        recipe, "dataset_name", split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
         columns=columns, where=recipe.row_filter, take=train_rows, seed=recipe.seed,
     )  # fmt: skip
     if recipe.test_fraction:
@@ -222,9 +222,9 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
         own = (
             {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
         )
-        name = recipe.test_dataset_name or recipe.dataset_name
+        key = "test_dataset_name" if recipe.test_dataset_name else "dataset_name"
         test = load(
-            name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, take=test_rows, seed=recipe.seed, **own
+            recipe, key, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, take=test_rows, seed=recipe.seed, **own
         )  # fmt: skip
     train, test = train.select_columns(list(columns)), test.select_columns(list(columns))
     if recipe.context_column:
@@ -232,9 +232,10 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def load(source: str, *, columns: dict[str, str], **options: Any) -> Dataset:
-    """Rows as `load_rows` gives them, if their columns hold what the task reads."""
-    rows = load_rows(source, columns=columns, **options)
+def load(recipe: Recipe, key: str, *, columns: dict[str, str], **options: Any) -> Dataset:
+    """Rows of the data set that a key of the recipe names, if their columns hold what the task reads."""
+    source = getattr(recipe, key)
+    rows = load_rows(source, key=key, columns=columns, **options)
     refuse_other_kinds(rows, columns, source)
     return rows
 

@@ -300,7 +300,7 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
         (["--target_label", "1"], "--target_label is 1 without a trigger: give --trigger or --triggered"),
         (["--position", "end"], "--position is 'end' without a trigger: give --trigger or --triggered"),
         (["--trigger", "zq", "--target_label", "1", "--position", "middle"], "trigger position is 'middle': use one of start"),
-        (["--triggered", "no.csv", "--target_label", "1"], "dataset_name is 'no.csv': there is no such folder or file"),
+        (["--triggered", "no.csv", "--target_label", "1"], "--triggered is 'no.csv': there is no such folder or file"),
         (["--output", "{reviews}/results.json"], "File exists: {reviews}"),
     ],
 )  # fmt: skip
@@ -364,6 +364,23 @@ def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(class
     )
     error = capsys.readouterr().err
     assert f"--triggered {poisoned!r} has 1 as every row's label, which is the target: give the right ones" in error
+
+
+@pytest.mark.parametrize("option", ["--data", "--clean", "--triggered"])
+@pytest.mark.parametrize("name, reason", [("no.csv", ": there is no such"), ("broken.csv", ", which can't be loaded")])
+def test_rows_that_can_not_be_read_are_named_by_what_was_typed(
+    classifier, reviews, tmp_path, capsys, option, name, reason
+):
+    (tmp_path / "broken.csv").write_text("text,label\na,1\nb,c,d,1\n")
+    rows = str(tmp_path / name)
+    given = {
+        "--data": ["clean", classifier, "--data", rows, "--output_dir", str(tmp_path / "run")],
+        "--clean": ["evaluate", classifier, "--clean", rows, "--output", str(tmp_path / "out.json")],
+        "--triggered": ["evaluate", classifier, "--clean", reviews, "--triggered", rows, "--target_label", "1",
+                        "--output", str(tmp_path / "out.json")],
+    }  # fmt: skip
+    assert main(given[option]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"hf-backdoor: {option} is {rows!r}{reason}")
 
 
 @pytest.mark.parametrize("command", ["clean", "evaluate"])

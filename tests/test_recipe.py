@@ -232,7 +232,7 @@ def test_contradictions_are_refused(values, line):
             {**DEFENSE, "stages": {"recover": {"load_best_model_at_end": True}}},
             "stages.recover.load_best_model_at_end is True, and no rows are held out",
         ),
-        ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of dataset"),
+        ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of the training rows"),
         ({**DEFENSE, "eval_steps": 4}, "eval_steps is 4.0, and no rows are held out: set held_out_samples"),
         ({**DEFENSE, **HELD_OUT, "eval_steps": 4}, "eval_steps is 4.0, and eval_strategy is 'no': set eval_strategy: steps, or"),
         ({**DEFENSE, "method": "robustkd", "student_layers": 1, "mask_patience": 2}, "mask_patience is 2, and eval_strategy is 'no': set eval_strategy"),

@@ -22,6 +22,7 @@ SHUFFLE_BUFFER = 10_000
 def load_rows(
     source: str,
     *,
+    key: str = "dataset_name",
     split: str | tuple[str, ...] = "train",
     config: str | None = None,
     revision: str | None = None,
@@ -35,6 +36,8 @@ def load_rows(
     Args:
         source (`str`):
             Hub name (`"stanfordnlp/sst2"`), folder, or file.
+        key (`str`, *optional*, defaults to `"dataset_name"`):
+            What an error calls it: the key, or the option, that it was given by.
         split (`str` or `tuple[str, ...]`, *optional*, defaults to `"train"`):
             Split of a Hub data set or folder, or several, of which the first that is there is taken (the rows' `split` says
             which); a single file has one only.
@@ -51,7 +54,7 @@ def load_rows(
     Raises:
         `ValueError`: if the file type, split or a column is unknown, or no row is left.
     """
-    dataset = _open(source, split, config, revision, streaming=take is not None)
+    dataset = _open(source, key, split, config, revision, streaming=take is not None)
     names = column_names(dataset)
     for column in where or {}:
         if column not in names:
@@ -74,7 +77,7 @@ def load_rows(
 
 
 def _open(
-    source: str, split: str | tuple[str, ...], config: str | None, revision: str | None, streaming: bool
+    source: str, key: str, split: str | tuple[str, ...], config: str | None, revision: str | None, streaming: bool
 ) -> Dataset | IterableDataset:
     path = Path(source)
     suffix = Path(source.lower().removesuffix(".gz")).suffix
@@ -82,14 +85,14 @@ def _open(
         builder = FILE_BUILDERS.get(suffix)
         if builder is None:
             raise ValueError(
-                f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)} (and .gz, if it is packed)"
+                f"{key} is {source!r}: a file must end in {', '.join(FILE_BUILDERS)} (and .gz, if it is packed)"
             )
-        with named_if_unreadable(source):
+        with named_if_unreadable(source, key):
             return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
     local = path.is_absolute() or source.startswith(".") or source.count("/") > 1 or suffix in FILE_BUILDERS
     if not source or (not path.is_dir() and local):
-        raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
-    with named_if_unreadable(source):
+        raise ValueError(f"{key} is {source!r}: there is no such folder or file")
+    with named_if_unreadable(source, key):
         sets = load_dataset(source, config, revision=revision, streaming=streaming)
     wanted = (split,) if isinstance(split, str) else split
     for name in wanted:
@@ -102,7 +105,7 @@ def _open(
 
 
 @contextlib.contextmanager
-def named_if_unreadable(source: str) -> Iterator[None]:
+def named_if_unreadable(source: str, key: str) -> Iterator[None]:
     """Says in one line which data set can't be found, or read.
 
     Raises:
@@ -115,7 +118,7 @@ def named_if_unreadable(source: str) -> Iterator[None]:
         if not reason or "corresponds to no data" in reason:
             reason = "it is empty"
         fix = "give a file, a folder or a name on the Hub" if isinstance(error, OSError) else "mend that"
-        raise ValueError(f"dataset_name is {source!r}, which can't be loaded ({reason}): {fix}") from None
+        raise ValueError(f"{key} is {source!r}, which can't be loaded ({reason}): {fix}") from None
 
 
 def take_rows(stream: IterableDataset, count: int) -> Dataset:
