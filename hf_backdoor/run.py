@@ -46,7 +46,7 @@ from .folders import (
 )
 from .model_files import without_weights
 from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions
-from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
+from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config, written
 from .processes import find_processes, refuse_lost_processes
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -97,9 +97,7 @@ class Run:
         base, stages = base_model_name(recipe), plan(recipe)
         for stage in stages:
             training_config(stage, recipe, stage_arguments(stage, recipe))  # a wrong value is not found after hours
-        made = ["base"] * (base == "base") + ["student"] * (recipe.student_layers is not None)
-        folders = [stage.folder for stage in stages]
-        refuse_to_clear(recipe, [*made, *folders[: None if until is None else folders.index(until) + 1]])
+        refuse_to_clear(recipe, written(recipe, stages, until))
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone_in(self.folder):
             return self._execute(base, stages, until)

@@ -404,10 +404,22 @@ def test_columns_of_another_kind_are_refused_in_one_line(classifier, tmp_path, c
     assert error.startswith("hf-backdoor: ") and line in error
 
 
-def test_what_the_system_refuses_ends_in_one_line(classifier, reviews, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_file_is_no_folder_to_run_in(name, more, classifier, reviews, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.endswith(f"hf-backdoor: File exists: {tmp_path / 'file'}\n")
+    run = tmp_path / name
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(run), *more]) == 2
+    line = f"output_dir is {str(run)!r}, and {str(tmp_path / 'file')!r} is a file: choose another output_dir"
+    assert capsys.readouterr().err.endswith(f"hf-backdoor: {line}\n")
+
+
+def test_a_dry_run_refuses_to_write_over_what_no_run_has_made(classifier, reviews, tmp_path, capsys):
+    (tmp_path / "cleaned").mkdir()
+    (tmp_path / "cleaned" / "thesis.txt").touch()
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--dry_run"]
+    assert main(arguments) == 2
+    assert "its cleaned was not made by a run, and this one would clear it" in capsys.readouterr().err
 
 
 def test_an_override_is_not_taken_for_the_beginning_of_an_option(classifier, reviews, tmp_path, capsys):
