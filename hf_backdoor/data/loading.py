@@ -1,6 +1,7 @@
 """Data sets from the Hub or from local files, with the columns that tasks read, cut and split by seed."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,10 @@ from .mapping import Rows, column_names, map_rows
 
 
 FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+DATA_FILE = re.compile(rf"({'|'.join(map(re.escape, FILE_BUILDERS))})(\.gz)?$", re.IGNORECASE)
+# What datasets goes by in the names of a folder's files: the split that a part of a path begins with, and the ending.
+SPLITS = "|".join(word for words in SPLIT_KEYWORDS.values() for word in words)
+GONE_BY = re.compile(rf"(?<![^/])({SPLITS})(?![a-z])|{DATA_FILE.pattern}", re.IGNORECASE)
 # Rows of a stream that are read ahead and drawn from: many data sets are sorted by label or by source.
 SHUFFLE_BUFFER = 10_000
 
@@ -92,6 +98,8 @@ def _open(
     local = path.is_absolute() or source.startswith(".") or source.count("/") > 1 or suffix in FILE_BUILDERS
     if not source or (not path.is_dir() and local):
         raise ValueError(f"{key} is {source!r}: there is no such folder or file")
+    if path.is_dir():
+        refuse_capitals(path, key)
     with named_if_unreadable(source, key):
         sets = load_dataset(source, config, revision=revision, streaming=streaming)
     wanted = (split,) if isinstance(split, str) else split
@@ -102,6 +110,26 @@ def _open(
         f"split {' or '.join(map(repr, wanted))} is not in {source!r} ({', '.join(sets)}): set train_split or test_split (of "
         "`hf-backdoor evaluate`, --split)"
     )
+
+
+def refuse_capitals(folder: Path, key: str) -> None:
+    """datasets goes by small letters: it passes over a `test.CSV`, and takes a `Test.csv` for rows to train on.
+
+    Raises:
+        `ValueError`: if a data file's ending, or the split that its name or folder begins with, has capital letters.
+    """
+    card = folder / "README.md"
+    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
+        return  # which says what each file is, whatever its name
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if DATA_FILE.search(name) and not any(part.startswith((".", "__")) for part in Path(name).parts):
+            small = GONE_BY.sub(lambda found: found[0].lower(), name)
+            if small != name:
+                raise ValueError(
+                    f"{key} is {str(folder)!r}, and endings and splits of a folder's files are told by small letters alone: "
+                    f"rename its {name} to {small}"
+                )
 
 
 @contextlib.contextmanager
