@@ -7,6 +7,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .contradictions import DTYPES, LEAST
+from .cutting import CutRows
 from .data import load_rows
 from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
 from .evaluation.evaluate import is_target, refuse_other_target, refuse_without_trigger
@@ -15,7 +16,7 @@ from .found import find_columns, find_task, renamed
 from .models import load_model, load_processor, versions
 from .recipe import TASKS
 from .report.tables import text_table
-from .rows import bounded, describe, task_of
+from .rows import describe, task_of
 
 
 # Options that are read for one task only.
@@ -80,7 +81,7 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
 
     def cut(rows: Dataset, kind: str) -> Dataset:
         bounds = options.max_length and "max_length" in task.limits
-        return bounded(rows, kind, task, processor, max_length=options.max_length) if bounds else rows
+        return CutRows.of(rows, task, processor, max_length=options.max_length).told(kind) if bounds else rows
 
     clean = cut(clean, "clean rows")
     sources = {"test": describe(options.clean, clean)}

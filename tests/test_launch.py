@@ -36,13 +36,16 @@ def launch(command, recipe, output_dir, *flags):
 
 def test_two_processes_give_what_one_gives(recipe, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = launch(torchrun, recipe, tmp_path / "two", "--per_device_train_batch_size", "3")
+    short = ["--max_length", "6"]
+    two = launch(torchrun, recipe, tmp_path / "two", "--per_device_train_batch_size", "3", *short)
     assert two.returncode == 0, two.stderr[-2000:]
-    one = launch([sys.executable], recipe, tmp_path / "one", "--per_device_train_batch_size", "6")
+    one = launch([sys.executable], recipe, tmp_path / "one", "--per_device_train_batch_size", "6", *short)
     assert one.returncode == 0, one.stderr[-2000:]
     first, second = (Results.load(tmp_path / name / "results.json").rows for name in ("one", "two"))
     assert first == second
     assert two.stdout.count("cleaned model") == 1
+    # What the log says of rows, the first process says: once of the training rows, and once of the test rows.
+    assert two.stderr.count("max_length 6 cuts") == 2
     # Before a trainer is made too there is one first process, which writes.
     assert two.stderr.count("Creating parquet from Arrow format: 100%") == len(list((tmp_path / "two/data").iterdir()))
 

@@ -109,8 +109,8 @@ def test_rows_that_a_limit_cuts_are_counted(folder, caplog):
         prepare_rows(recipe(folder, max_length=6), tiny.encoder_tokenizer())
         assert not caplog.messages
         prepare_rows(recipe(folder, max_length=5), tiny.encoder_tokenizer())
-    # The spares of training rows are cut too.
-    assert caplog.messages == ["max_length 5 cuts 10 of 10 test rows", "max_length 5 cuts 142 of 142 training rows"]
+    # 20 of the attacker, 10 clean, 4 held out: spares that nothing trains on don't count.
+    assert caplog.messages == ["max_length 5 cuts 10 of 10 test rows", "max_length 5 cuts 34 of 34 training rows"]
 
 
 def test_rows_that_two_limits_cut_are_counted_apart(tmp_path, caplog):
