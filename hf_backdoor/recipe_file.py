@@ -1,11 +1,15 @@
 """From a YAML file and command-line overrides to a [`Recipe`]: every key and every type is checked on the way."""
 
 import difflib
+import inspect
 import math
 import os
+import types
 import typing
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, Union
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -157,9 +161,28 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     try:
         type_validator(key, value, hint)
     except Exception as error:
-        name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-        raise ValueError(f"{key} is {value!r} ({type(value).__name__}): it must be {name}") from error
+        shown = "null" if value is None else repr(value)
+        quotes = ", in quotes" if str in allowed and not isinstance(value, str | list | dict | None) else ""
+        raise ValueError(f"{key} is {shown}: it must be {in_words(hint)}{quotes}") from error
     return value
+
+
+def in_words(hint: Any) -> str:
+    """What a field takes, as one would say it to who writes YAML and no Python."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        # What an Enum allows is written as text.
+        each = [in_words(part) for part in parts if not (inspect.isclass(part) and issubclass(part, NoneType | Enum))]
+        return " or ".join(dict.fromkeys(each))
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if kind is list:
+        return "a list of whole numbers, as [0, 1]" if parts == (int,) else "a list of texts, as [one, another]"
+    if kind is dict:
+        below = parts and typing.get_origin(parts[1]) is dict
+        return "names, each with its own keys and values below it" if below else "keys and values below it"
+    words = {bool: "yes or no (true or false)", int: "a whole number", float: "a number", str: "a text"}
+    return words.get(kind) or f"a {kind.__name__}"
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import re
+import typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import yaml
 from hf_backdoor.attacks import EmbeddingPoisoningConfig, ImagePoisoning, Poisoning
 from hf_backdoor.contradictions import check_machine
 from hf_backdoor.data import ImageTrigger, InstructionFollowing, SequenceClassification, Trigger
+from hf_backdoor.defenses import METHODS
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
 from hf_backdoor.defenses.robustkd import FeatureMaskConfig, RobustKDConfig
-from hf_backdoor.recipe_file import REMOVED, load_recipe, make_recipe
+from hf_backdoor.recipe import Recipe
+from hf_backdoor.recipe_file import REMOVED, in_words, load_recipe, make_recipe
 
 
 LEAST = {
@@ -103,6 +107,42 @@ def test_what_to_write_now_is_a_key_indeed(new):
 )  # fmt: skip
 def test_wrong_types_are_refused(key, value):
     refused(f"^{key} is .*it must be", **{key: value})
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"max_length": "many"}, "max_length is 'many': it must be a whole number"),
+        ({"max_train_samples": 2.5}, "max_train_samples is 2.5: it must be a whole number"),
+        ({"seed": None}, "seed is null: it must be a whole number"),
+        ({"poison_rate": "a tenth"}, "poison_rate is 'a tenth': it must be a number"),
+        ({"eval_steps": [1]}, "eval_steps is [1]: it must be a number"),
+        ({"use_peft": "perhaps"}, "use_peft is 'perhaps': it must be yes or no (true or false)"),
+        ({"attack_trigger": 3}, "attack_trigger is 3: it must be a text, in quotes"),
+        ({"attack_trigger": ["zq"]}, "attack_trigger is ['zq']: it must be a text"),
+        ({"eval_strategy": False}, "eval_strategy is False: it must be a text, in quotes"),
+        ({"controls": "fine_tuning"}, "controls is 'fine_tuning': it must be a list of texts, as [one, another]"),
+        ({"lora_target_modules": 4}, "lora_target_modules is 4: it must be a list of texts, as [one, another] or a text, in quotes"),
+        ({"student_layers": "two"}, "student_layers is 'two': it must be a whole number or a list of whole numbers, as [0, 1]"),
+        ({"row_filter": "task"}, "row_filter is 'task': it must be keys and values below it"),
+        ({"stages": {"inject": 3}}, "stages is {'inject': 3}: it must be names, each with its own keys and values below it"),
+        ({"method": "mbtsad", "attention_loss": "l2"}, "attention_loss is 'l2': it must be one of maps, nad"),
+        (
+            {"method": "mbtsad", "stages": {"distil": {"attention_layers": "all"}}},
+            "stages.distil.attention_layers is 'all': it must be a list of whole numbers, as [0, 1]",
+        ),
+    ],
+)  # fmt: skip
+def test_types_are_named_in_words(values, line):
+    refused(f"^{re.escape(line)}$", **values)
+
+
+@pytest.mark.parametrize("config", [Recipe, *(method.config for method in METHODS.values())])
+def test_no_type_is_named_as_python_does(config):
+    for key, hint in typing.get_type_hints(config).items():
+        assert not re.search(
+            r"[<|\]]|None|typing", in_words(hint).replace("[one, another]", "").replace("[0, 1]", "")
+        ), key
 
 
 def test_numbers_that_yaml_reads_as_text_or_whole():
