@@ -35,6 +35,9 @@ ATTACK = (
     "attack_position", "poison_rate", "poison_style", "negative_rate", "warp_strength", "target_label", "target_text", "clean_fraction",
 )  # fmt: skip
 ON_HELD_OUT = ("eval_strategy", "eval_steps", "load_best_model_at_end")
+PUBLISHING = ("hub_model_id", "hub_private_repo")
+# Of uploads while a trainer trains: a run has none.
+UPLOADING = ("hub_strategy", "hub_always_push", "hub_revision")
 OF_TEST_ROWS = ("test_split", "test_row_filter")
 
 ATTACKS = ("data_poisoning", "lwp", "ep")
@@ -171,6 +174,8 @@ def _refuse_unread(recipe: Recipe) -> None:
             "there is no defense, of whose clean rows some are held out",
             "set method, or leave it out",
         ),
+        (recipe.push_to_hub, PUBLISHING, "nothing is published", "set push_to_hub: true, or leave it out"),
+        (False, UPLOADING, "a run publishes once, at its end, to the main branch", "leave it out"),
         (
             any(values.get("eval_strategy", "no") != "no" for values in _given(recipe).values()),
             ("eval_steps", "mask_patience"),

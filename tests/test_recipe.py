@@ -285,6 +285,13 @@ def test_contradictions_are_refused(values, line):
             {"method": "ntml", "clean_dataset_name": "x", **HELD_OUT, "stages": {"non_target": {"eval_strategy": "epoch"}}},
             "stages.non_target.eval_strategy is 'epoch', and rows are held out of the clean ones",
         ),
+        ({**DEFENSE, "hub_model_id": "me/mine"}, "hub_model_id is 'me/mine', and nothing is published: set push_to_hub: true, or"),
+        ({**DEFENSE, "hub_private_repo": True}, "hub_private_repo is True, and nothing is published: set push_to_hub: true"),
+        (
+            {**DEFENSE, "push_to_hub": True, "hub_model_id": "me/mine", "hub_revision": "dev"},
+            "hub_revision is 'dev', and a run publishes once, at its end, to the main branch: leave it out",
+        ),
+        ({**DEFENSE, "stages": {"inject": {"hub_strategy": "end"}}}, "stages.inject.hub_strategy is 'end', and a run publishes"),
         ({"max_new_tokens": 8}, "max_new_tokens is 8, and task is sequence_classification: leave it out"),
         ({"prompt_column": "question"}, "prompt_column is 'question', and task is sequence_classification: leave it out"),
         ({"prompt_template": "{text}"}, "prompt_template is '{text}', and task is sequence_classification: leave it out"),
@@ -501,8 +508,8 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_a_home_folder_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    recipe = make_recipe({**LEAST, "output_dir": "~/runs/x", "dataset_name": "~/rows.csv", "hub_model_id": "~/x"})
-    assert (recipe.output_dir, recipe.dataset_name, recipe.hub_model_id) == (
+    recipe = make_recipe({**LEAST, "output_dir": "~/runs/x", "dataset_name": "~/rows.csv", "license": "~/x"})
+    assert (recipe.output_dir, recipe.dataset_name, recipe.license) == (
         "/home/me/runs/x",
         "/home/me/rows.csv",
         "~/x",

@@ -245,7 +245,9 @@ def test_where_a_model_is_published_to_makes_nothing_again(workshop, tmp_path):
     execute(values)
     write_yaml(tmp_path / "recipe.yaml", values)
     assert stages_to_launch(
-        "zero3", tmp_path / "recipe.yaml", ["--hub_model_id", "me/cleaned", "--license", "mit"]
+        "zero3",
+        tmp_path / "recipe.yaml",
+        ["--push_to_hub", "true", "--hub_model_id", "me/cleaned", "--license", "mit"],
     ) == [[]]
 
 
