@@ -1,5 +1,6 @@
 """`hf-backdoor evaluate`: one model, measured on rows of the user's own, by the same lines as the models of a run."""
 
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
 from .evaluation.evaluate import is_target, refuse_other_target, refuse_without_trigger
 from .evaluation.results import refuse_other_model
 from .found import find_columns, find_task, renamed
-from .models import load_model, load_processor, versions
+from .models import cost, load_model, load_processor, reset_peak_memory
 from .recipe import TASKS
 from .report.tables import text_table
 from .rows import describe, task_of
+from .versions import versions
 
 
 # Options that are read for one task only.
@@ -73,6 +75,8 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
     loaded = {"revision": options.model_revision}
     processor = load_processor(options.model, TASKS[name], **loaded)
     loaded |= {"seed": options.seed, "dtype": options.dtype, "attn_implementation": options.attn_implementation}
+    reset_peak_memory()
+    start = time.perf_counter()
     model = load_model(options.model, TASKS[name], **loaded).to(PartialState().device)
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
@@ -111,9 +115,10 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         bf16=options.bf16,
         **({} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}),
     )
+    costs = [cost(f"evaluation of {options.name}", start)]
     # No recipe: the command, as a report names it.
     made_by = {"command": "evaluate", **vars(options), "split": split}
-    results = Results(rows=rows, recipe=made_by, versions=versions(), data=sources, examples=examples)
+    results = Results(rows, costs, made_by, versions(), sources, examples)
     results.save(options.output)
     return f"Clean rows: {len(clean)} of {options.clean}{f', split {split}' if split else ''}\n\n{text_table(results)}"
 

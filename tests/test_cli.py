@@ -314,6 +314,14 @@ def test_evaluate_refuses_before_weights_are_loaded(
     assert error.startswith(f"hf-backdoor: {line.format(reviews=reviews)}") and error.count("\n") == 1
 
 
+def test_evaluate_says_what_it_took(classifier, reviews, tmp_path):
+    output = tmp_path / "results.json"
+    assert main(["evaluate", classifier, "--clean", reviews, "--output", str(output), "--name", "cleaned"]) == 0
+    (cost,) = Results.load(output).costs
+    assert cost["stage"] == "evaluation of cleaned" and cost["tokens"] is None
+    assert cost["seconds"] >= 0 and cost["peak_memory"] > 0
+
+
 def test_evaluate_loads_a_large_model_as_it_is_told_to(classifier, reviews, tmp_path, monkeypatch):
     used = []
 
