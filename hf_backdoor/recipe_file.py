@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import types
 import typing
 from enum import Enum
@@ -52,8 +53,19 @@ BESIDE = (
 )  # fmt: skip
 
 
+# What YAML 1.1 takes for true and false beside these words themselves, and YAML 1.2 for text.
+YES_AND_NO = {"yes": True, "on": True, "no": False, "off": False}
+BOOL = "tag:yaml.org,2002:bool"
+
+
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: PyYAML takes the last one, without a word."""
+    """YAML in which `yes` and `no` are text, as label words and answers are, and no key stands twice: PyYAML makes the words true
+    and false, and takes the last key, without a word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -65,6 +77,9 @@ class RecipeLoader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -154,7 +169,11 @@ def checked(key: str, value: Any, hint: Any) -> Any:
             value = float(value) if isinstance(value, int | str) else value
         except ValueError:
             pass
+    if bool in allowed and isinstance(value, str):
+        value = YES_AND_NO.get(value.lower(), value)
     if list[str] in allowed and isinstance(value, list):
+        if any(isinstance(item, bool) for item in value):
+            raise ValueError(f"{key} is {value}, and true and false are no texts: put them in quotes")
         value = [item if isinstance(item, str) else str(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}: write a finite number")
@@ -198,7 +217,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             if text is None or text.startswith("--"):
                 raise ValueError(f"--{key} has no value: write --{key} value (one that begins with --, --{key}=value)")
         try:
-            found[key] = yaml.safe_load(text) if text.strip() else text  # YAML reads nothing as null, which is no text
+            found[key] = (
+                yaml.load(text, Loader=RecipeLoader) if text.strip() else text
+            )  # YAML reads nothing as null, which is no text
         except yaml.YAMLError:
             raise ValueError(f"--{key} {text!r} is no YAML: put it in quotes") from None
     return found

@@ -153,9 +153,36 @@ def test_numbers_that_yaml_reads_as_text_or_whole():
     assert recipe.poison_rate == 0.1
 
 
-def test_words_that_yaml_does_not_read_as_text():
-    recipe = make_recipe({**LEAST, "task": "label_words", "label_words": [0, True]})
-    assert recipe.training["label_words"] == ["0", "True"]
+def test_numbers_that_are_words():
+    recipe = make_recipe({**LEAST, "task": "label_words", "label_words": [0, 1]})
+    assert recipe.training["label_words"] == ["0", "1"]
+
+
+@pytest.mark.parametrize("words", ["[no, yes]", "[off, On]", "[No, Yes]"])
+def test_yes_and_no_are_the_words_that_they_are(words, tmp_path):
+    """YAML 1.1 reads false and true, and a model was asked for the words `False` and `True`."""
+    file = written(tmp_path, {**LEAST, "task": "label_words"})
+    wanted = words.strip("[]").split(", ")
+    overridden = load_recipe(file, ["--label_words", words])
+    file.write_text(file.read_text() + f"label_words: {words}\n")
+    assert load_recipe(file).training["label_words"] == overridden.training["label_words"] == wanted
+
+
+def test_yes_and_no_are_true_and_false_where_these_are_asked_for(tmp_path):
+    file = written(tmp_path, LEAST)
+    text = (
+        "method: locphylax\nuse_peft: yes\nbf16: off\nsave_strategy: no\nrow_filter: {answer: no, poisoned: false}\n"
+    )
+    file.write_text(file.read_text() + text)
+    recipe = load_recipe(file, ["--evaluate_stages", "no", "--fp16", "true"])
+    assert recipe.use_peft is True and recipe.evaluate_stages is False
+    assert recipe.training == {"bf16": False, "save_strategy": "no", "fp16": True}
+    assert recipe.row_filter == {"answer": "no", "poisoned": False}
+
+
+def test_true_and_false_are_no_words():
+    line = "^label_words is .False, True., and true and false are no texts: put them in quotes$"
+    refused(line, task="label_words", label_words=[False, True])
 
 
 def test_common_training_arguments_are_taken():
