@@ -47,6 +47,8 @@ REMOVED = {
 # Arguments of TrainingArguments that a run decides for itself.
 RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
 
+UNIONS = (Union, types.UnionType)
+
 # Keys whose values may lie beside the recipe.
 BESIDE = (
     "dataset_name", "test_dataset_name", "clean_dataset_name", "rewritten_dataset_name", "model_name_or_path", "student_model_name_or_path",
@@ -163,7 +165,7 @@ def checked_training(key: str, value: Any, hints: dict[str, Any], known: list[st
 
 def checked(key: str, value: Any, hint: Any) -> Any:
     """The value in the field's type. `1e-4` is text in YAML 1.1 and `1` a whole number: both are good floats."""
-    allowed = typing.get_args(hint) or (hint,)
+    allowed = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
     if float in allowed and not isinstance(value, bool):
         try:
             value = float(value) if isinstance(value, int | str) else value
@@ -181,7 +183,7 @@ def checked(key: str, value: Any, hint: Any) -> Any:
         type_validator(key, value, hint)
     except Exception as error:
         shown = "null" if value is None else repr(value)
-        quotes = ", in quotes" if str in allowed and not isinstance(value, str | list | dict | None) else ""
+        quotes = ", in quotes" if str in allowed and not isinstance(value, str | None) else ""
         raise ValueError(f"{key} is {shown}: it must be {in_words(hint)}{quotes}") from error
     return value
 
@@ -189,7 +191,7 @@ def checked(key: str, value: Any, hint: Any) -> Any:
 def in_words(hint: Any) -> str:
     """What a field takes, as one would say it to who writes YAML and no Python."""
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind in (Union, types.UnionType):
+    if kind in UNIONS:
         # What an Enum allows is written as text.
         each = [in_words(part) for part in parts if not (inspect.isclass(part) and issubclass(part, NoneType | Enum))]
         return " or ".join(dict.fromkeys(each))
@@ -205,7 +207,12 @@ def in_words(hint: Any) -> str:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs; values are read as YAML, so that `3`, `true` and `[a, b]` keep their types."""
+    """`--key value` and `--key=value` pairs; values are read as YAML, so that `3`, `true` and `[a, b]` keep their types, and a text
+    that is in no quotes is what was typed: YAML would leave out what follows a " #", and make one space of a line's end.
+
+    Raises:
+        `ValueError`: if one is no such pair, no YAML, or there twice.
+    """
     found: dict[str, Any] = {}
     items = iter(arguments)
     for item in items:
@@ -216,12 +223,15 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = next(items, None)
             if text is None or text.startswith("--"):
                 raise ValueError(f"--{key} has no value: write --{key} value (one that begins with --, --{key}=value)")
+        if key in found:
+            raise ValueError(f"--{key} is there twice, as {found[key]!r} and as {text!r}: leave one out")
         try:
-            found[key] = (
-                yaml.load(text, Loader=RecipeLoader) if text.strip() else text
-            )  # YAML reads nothing as null, which is no text
+            read = yaml.load(text, Loader=RecipeLoader)
         except yaml.YAMLError:
             raise ValueError(f"--{key} {text!r} is no YAML: put it in quotes") from None
+        as_typed = isinstance(read, str) and text.lstrip()[0] not in "'\""
+        nothing = read is None and text.strip().lower() not in ("null", "~")  # which YAML reads as null, and is a text
+        found[key] = text if as_typed or nothing else read
     return found
 
 

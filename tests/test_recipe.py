@@ -119,7 +119,7 @@ def test_wrong_types_are_refused(key, value):
         ({"eval_steps": [1]}, "eval_steps is [1]: it must be a number"),
         ({"use_peft": "perhaps"}, "use_peft is 'perhaps': it must be yes or no (true or false)"),
         ({"attack_trigger": 3}, "attack_trigger is 3: it must be a text, in quotes"),
-        ({"attack_trigger": ["zq"]}, "attack_trigger is ['zq']: it must be a text"),
+        ({"attack_trigger": ["zq"]}, "attack_trigger is ['zq']: it must be a text, in quotes"),
         ({"eval_strategy": False}, "eval_strategy is False: it must be a text, in quotes"),
         ({"controls": "fine_tuning"}, "controls is 'fine_tuning': it must be a list of texts, as [one, another]"),
         ({"lora_target_modules": 4}, "lora_target_modules is 4: it must be a list of texts, as [one, another] or a text, in quotes"),
@@ -446,6 +446,20 @@ def test_an_override_may_hold_an_equals_sign_or_be_null(tmp_path):
     assert load_recipe(written(tmp_path, {**LEAST, **DEFENSE}), ["--method=null"]).method is None
 
 
+@pytest.mark.parametrize(
+    "text", ["cf # mn", "# mn", " cf", "cf ", "one\ntwo", "one  two", "cf, mn", "it's", "null island", "no"]
+)
+def test_a_text_on_the_command_line_is_what_was_typed(text, tmp_path):
+    file = written(tmp_path, {**LEAST, **ATTACK})
+    assert load_recipe(file, ["--attack_trigger", text]).attack_trigger == text
+    assert load_recipe(file, [f"--attack_trigger={text}"]).attack_trigger == text
+
+
+@pytest.mark.parametrize("typed, text", [("'3'", "3"), ('"a # b"', "a # b"), (" 'no' ", "no")])
+def test_quotes_around_a_text_on_the_command_line_are_none_of_it(typed, text, tmp_path):
+    assert load_recipe(written(tmp_path, {**LEAST, **ATTACK}), ["--attack_trigger", typed]).attack_trigger == text
+
+
 @pytest.mark.parametrize("override", [["--system_prompt", ""], ["--system_prompt="]])
 def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
     own = {"task": "instruction_following", "method": "locphylax", "system_prompt": "be kind"}
@@ -465,6 +479,7 @@ def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
         (["--controls", "[a"], "--?controls"),
         (["--seed.x", "1"], "seed"),
         (["--stages.inject", "1"], "stages.*inject.*1"),
+        (["--seed", "2", "--seed=3"], "--seed is there twice, as 2 and as '3': leave one out"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_line(overrides, line, tmp_path):
