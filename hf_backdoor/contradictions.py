@@ -174,6 +174,10 @@ def _refuse_unread(recipe: Recipe) -> None:
             "there is no defense, of whose clean rows some are held out",
             "set method, or leave it out",
         ),
+        *(
+            (not Path(getattr(recipe, name)).exists(), (key,), f"{name} is on this machine, as it is", "leave it out")
+            for name, key in (("model_name_or_path", "model_revision"), ("dataset_name", "dataset_revision"))
+        ),
         (recipe.push_to_hub, PUBLISHING, "nothing is published", "set push_to_hub: true, or leave it out"),
         (False, UPLOADING, "a run publishes once, at its end, to the main branch", "leave it out"),
         (

@@ -27,6 +27,7 @@ OF_A_TASK = {
     "prompt_template": "label_words",
     "system_prompt": "instruction_following",
     "max_new_tokens": "instruction_following",
+    "context_column": "instruction_following",
 }
 
 
@@ -54,8 +55,8 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
     clean = load_rows(options.clean, key="--clean", split=options.split or splits)
     split = None if files[0] else str(clean.split)
     name, columns = find_task(options.model, clean.column_names, options.label_words, vars(options))
-    for key, task in OF_A_TASK.items():
-        if getattr(options, key) is not None and task != name:
+    for key in of_other_tasks(name):
+        if getattr(options, key) is not None:
             raise ValueError(f"--{key} is {getattr(options, key)!r}, and the task is {name}: leave it out")
     if isinstance(target, str) != (name == "instruction_following") and target is not None:
         raise ValueError(
@@ -84,8 +85,9 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
     refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
 
     def cut(rows: Dataset, kind: str) -> Dataset:
-        bounds = options.max_length and "max_length" in task.limits
-        return CutRows.of(rows, task, processor, max_length=options.max_length).told(kind) if bounds else rows
+        if options.max_length is None:
+            return rows
+        return CutRows.of(rows, task, processor, max_length=options.max_length).told(kind)
 
     clean = cut(clean, "clean rows")
     sources = {"test": describe(options.clean, clean)}
@@ -123,6 +125,15 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
     return f"Clean rows: {len(clean)} of {options.clean}{f', split {split}' if split else ''}\n\n{text_table(results)}"
 
 
+def of_other_tasks(name: str) -> list[str]:
+    """Options that a task does not read."""
+    task = TASKS[name]
+    columns = dict.fromkeys(column for other in TASKS.values() for column in (other.input_column, other.answer_column))
+    unread = [f"{column}_column" for column in columns if column not in (task.input_column, task.answer_column)]
+    unread += ["max_length"] * ("max_length" not in task.limits)
+    return unread + [key for key, only in OF_A_TASK.items() if only != name]
+
+
 def check_options(options: Namespace) -> None:
     """Refuses what no model and no rows are needed to refuse, and makes the folder that is written to.
 
@@ -138,13 +149,21 @@ def check_options(options: Namespace) -> None:
         raise ValueError(f"--dtype is {options.dtype!r}: use one of {', '.join(DTYPES)}")
     refuse_other_model(options.name, "--name")
     if options.trigger is None and options.triggered is None:
-        for key in ("target_label", "target_text", "position"):
+        for key in ("target_label", "target_text"):
             if getattr(options, key) is not None:
                 raise ValueError(
                     f"--{key} is {getattr(options, key)!r} without a trigger: give --trigger or --triggered"
                 )
     elif options.target_label is None and options.target_text is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
+    if options.position is not None and options.trigger is None:
+        raise ValueError(
+            f"--position is {options.position!r} without --trigger, whose it is: give that, or leave it out"
+        )
+    if options.model_revision is not None and Path(options.model).exists():
+        raise ValueError(
+            f"--model_revision is {options.model_revision!r}, and {options.model!r} is on this machine, as it is: leave it out"
+        )
     if Path(options.output).is_dir():
         raise ValueError(
             f"--output is {options.output!r}, a folder: name the file to write, {options.output}/results.json"

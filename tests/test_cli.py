@@ -298,7 +298,14 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
         (["--label_words", "a", "b"], "--label_words is ['a', 'b'], and the task is sequence_classification: leave it out"),
         (["--system_prompt", "hi"], "--system_prompt is 'hi', and the task is sequence_classification: leave it out"),
         (["--target_label", "1"], "--target_label is 1 without a trigger: give --trigger or --triggered"),
-        (["--position", "end"], "--position is 'end' without a trigger: give --trigger or --triggered"),
+        (["--position", "end"], "--position is 'end' without --trigger, whose it is: give that, or leave it out"),
+        (
+            ["--position", "end", "--triggered", "{reviews}", "--target_label", "1"],
+            "--position is 'end' without --trigger, whose it is: give that, or leave it out",
+        ),
+        (["--prompt_column", "sentence"], "--prompt_column is 'sentence', and the task is sequence_classification: leave it out"),
+        (["--context_column", "sentence"], "--context_column is 'sentence', and the task is sequence_classification: leave"),
+        (["--model_revision", "v1"], "--model_revision is 'v1', and {classifier!r} is on this machine, as it is: leave it out"),
         (["--trigger", "zq", "--target_label", "1", "--position", "middle"], "trigger position is 'middle': use one of start"),
         (["--triggered", "no.csv", "--target_label", "1"], "--triggered is 'no.csv': there is no such folder or file"),
         (["--output", "{reviews}/results.json"], "File exists: {reviews}"),
@@ -309,9 +316,10 @@ def test_evaluate_refuses_before_weights_are_loaded(
 ):
     monkeypatch.setattr(measure, "load_model", lambda *args, **options: pytest.fail("weights were loaded"))
     arguments = ["--output", str(tmp_path / "results.json"), *(text.format(reviews=reviews) for text in arguments)]
+    line = line.format(reviews=reviews, classifier=classifier)
     assert main(["evaluate", classifier, "--clean", reviews, *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"hf-backdoor: {line.format(reviews=reviews)}") and error.count("\n") == 1
+    assert error.startswith(f"hf-backdoor: {line}") and error.count("\n") == 1
 
 
 def test_evaluate_says_what_it_took(classifier, reviews, tmp_path):

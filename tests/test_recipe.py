@@ -354,6 +354,20 @@ def test_numbers_that_mean_nothing_are_refused(values, line):
     refused(f"^{line}", **values)
 
 
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"dataset_revision": "v1"}, "dataset_revision is 'v1', and dataset_name is on this machine, as it is: leave it out"),
+        ({"model_revision": "v1"}, "model_revision is 'v1', and model_name_or_path is on this machine, as it is: leave it out"),
+    ],
+)  # fmt: skip
+def test_what_is_on_this_machine_has_no_revisions(values, line, tmp_path):
+    (tmp_path / "rows.csv").touch()
+    here = {"dataset_name": str(tmp_path / "rows.csv"), "model_name_or_path": str(tmp_path)}
+    refused(f"^{line}", **here, **values)
+    assert make_recipe({**LEAST, **values}).flat().items() >= values.items()
+
+
 def test_what_nothing_would_read_may_stand_there_as_it_is_by_default():
     make_recipe(
         {**LEAST, "lora_r": 16, "poison_rate": 0.1, "clean_fraction": 0.2, "eval_strategy": "no", "test_split": "test",
