@@ -23,7 +23,8 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hf_backdoor.models import peak_memory, reset_peak_memory, versions
+from hf_backdoor.models import peak_memory, reset_peak_memory
+from hf_backdoor.versions import versions
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

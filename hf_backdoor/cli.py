@@ -67,6 +67,9 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="launch with this configuration: a file, or one of cpu, single_gpu, ddp, fsdp2, zero2, zero3, zero3_offload",
     )
+    run.add_argument(
+        "--num_processes", metavar="N", type=int, help="how many to launch, whatever that configuration says"
+    )
 
     clean = command("clean", clean_command, "Clean a suspect model with a file of clean text.", True)
     clean.add_argument("model", help="suspect model: folder or Hub name")
@@ -133,29 +136,30 @@ def build_parser() -> Parser:
 
 def run_command(options: argparse.Namespace, rest: list[str]) -> int:
     recipe = find_recipe(options.recipe)
-    if options.dry_run and options.accelerate_config is not None:
-        from .dry_run import describe_run, engine_of_settings
-        from .recipe_file import load_recipe
-
-        print(
-            describe_run(
-                load_recipe(recipe, rest), engine_of_settings(accelerate_settings(options.accelerate_config)[1])
+    if options.accelerate_config is None:
+        if options.num_processes is not None:
+            raise ValueError(
+                f"--num_processes is {options.num_processes} without --accelerate_config: name a configuration, such as ddp"
             )
-        )
-        return 0
-    if options.dry_run or options.accelerate_config is None:
         from .run import main as run_main
 
         return run_main([str(recipe), *rest, *(["--dry_run"] if options.dry_run else [])])
-    command = [*launch_command(options.accelerate_config), "-m", "hf_backdoor.run", str(recipe), *rest]
-    for stages in stages_to_launch(options.accelerate_config, recipe, rest):
+    file, settings = accelerate_settings(options.accelerate_config, options.num_processes)
+    if options.dry_run:
+        from .dry_run import describe_run, engine_of_settings
+        from .recipe_file import load_recipe
+
+        print(describe_run(load_recipe(recipe, rest), engine_of_settings(settings)))
+        return 0
+    command = [*launch_command(file, settings), "-m", "hf_backdoor.run", str(recipe), *rest]
+    for stages in stages_to_launch(settings, recipe, rest):
         status = subprocess.run([*command, *stages]).returncode
         if status:
             return status
     return 0
 
 
-def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list[str]]:
+def stages_to_launch(settings: dict[str, Any], recipe: Path, overrides: list[str]) -> list[list[str]]:
     """Arguments of each launch. Engines that share a model out get one for each training, so that none of them inherits memory
     or settings of the one before, and a last one that measures; others get one for all."""
     from .dry_run import engine_of_settings, refuse_quantized
@@ -164,7 +168,6 @@ def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list
     from .recipe_file import load_recipe
     from .run import UNTIL
 
-    settings = accelerate_settings(name)[1]
     if settings["distributed_type"] not in ("FSDP", "DEEPSPEED"):
         return [[]]
     loaded = load_recipe(recipe, overrides)
@@ -174,11 +177,15 @@ def stages_to_launch(name: str, recipe: Path, overrides: list[str]) -> list[list
     return [[UNTIL, f] for f in folders if not (known and Path(loaded.output_dir, f, "stage.json").exists())] + [[]]
 
 
-def accelerate_settings(name: str) -> tuple[Path, dict[str, Any]]:
+def accelerate_settings(name: str, processes: int | None = None) -> tuple[Path, dict[str, Any]]:
     """File and content of a shipped configuration of accelerate, or of a user's own.
 
+    Args:
+        name (`str`): Its name, or its file.
+        processes (`int`, *optional*): How many there are to be, in place of what it says.
+
     Raises:
-        `ValueError`: if there is no such file, or it is no configuration of accelerate.
+        `ValueError`: if there is no such file, it is no configuration of accelerate, or not of so many processes.
     """
     file = Path(name) if Path(name).is_file() else ACCELERATE_CONFIGS / f"{name}.yaml"
     if not file.is_file():
@@ -191,28 +198,39 @@ def accelerate_settings(name: str) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{file} names no distributed_type: give a configuration that `accelerate config` wrote")
-    return file, settings
+    number = settings.get("num_processes", 1) if processes is None else processes
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"num_processes is {number!r} for {file}: give --num_processes 1 or more")
+    if processes is not None and processes > 1 and settings["distributed_type"] == "NO":
+        raise ValueError(f"--num_processes is {processes}, and {file} is of one process: use ddp")
+    return file, settings | {"num_processes": number}
 
 
-def launch_command(name: str) -> list[str]:
-    """`accelerate launch` with a shipped configuration or a file; `torchrun` for several CPU processes, of which
-    accelerate would start one.
+def launch_command(file: Path, settings: dict[str, Any]) -> list[str]:
+    """`accelerate launch` with a configuration, and one line on how many processes that is; `torchrun` for several CPU processes,
+    of which accelerate would start one.
 
     Raises:
-        `ValueError`: if there is no such file, or it asks for FSDP and there are no GPUs.
+        `ValueError`: if it asks for FSDP and there are no GPUs, or for more of them than there are.
     """
     import torch
 
-    file, settings = accelerate_settings(name)
-    engine, processes = settings.get("distributed_type"), settings.get("num_processes", 1)
-    if not torch.accelerator.is_available():
-        if engine == "FSDP":
-            raise ValueError(
-                f"accelerate_config is {name!r}, and there is no GPU: accelerate would run something else; use ddp or zero3"
-            )
-        if processes > 1 and engine != "DEEPSPEED":
-            return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    engine, processes = settings["distributed_type"], settings["num_processes"]
+    gpus = torch.accelerator.device_count()
+    if not gpus and engine == "FSDP":
+        raise ValueError(
+            f"accelerate_config is {str(file)!r}, and there is no GPU: accelerate would run something else; use ddp or zero3"
+        )
+    here = f"{gpus or 'no'} GPU{'s' * (gpus != 1)}"
+    if 0 < gpus < processes and settings.get("num_machines", 1) == 1 and not settings.get("use_cpu"):
+        raise ValueError(f"num_processes is {processes} for {file}, and there is {here}: give --num_processes {gpus}")
+    sys.stderr.write(
+        f"hf-backdoor: {processes} process{'es' * (processes > 1)} by {file.name}, {here} here (--num_processes N starts others)\n"
+    )
+    if not gpus and processes > 1 and engine != "DEEPSPEED":
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*launch, "--num_processes", str(processes)]
 
 
 def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
@@ -236,7 +254,9 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError(f"--{key} is {own[key]!r}, and {option} names it already: leave it out")
     given = {key: own.get(f"dataset_{key}") for key in ("config", "revision")}
     where = {key: str(value) for key, value in given.items() if value is not None}
-    rows = load_rows(options.data, split=(own.get("test_split", "test"), own.get("train_split", "train")), **where)
+    rows = load_rows(
+        options.data, key="--data", split=(own.get("test_split", "test"), own.get("train_split", "train")), **where
+    )
     task, columns = find_task(options.model, rows.column_names, options.label_words, own)
     values: dict[str, Any] = {
         "model_name_or_path": options.model,

@@ -35,6 +35,9 @@ ATTACK = (
     "attack_position", "poison_rate", "poison_style", "negative_rate", "warp_strength", "target_label", "target_text", "clean_fraction",
 )  # fmt: skip
 ON_HELD_OUT = ("eval_strategy", "eval_steps", "load_best_model_at_end")
+PUBLISHING = ("hub_model_id", "hub_private_repo")
+# Of uploads while a trainer trains: a run has none.
+UPLOADING = ("hub_strategy", "hub_always_push", "hub_revision")
 OF_TEST_ROWS = ("test_split", "test_row_filter")
 
 ATTACKS = ("data_poisoning", "lwp", "ep")
@@ -111,7 +114,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"attack is {recipe.attack!r} without attack_trigger: set it, or leave attack out")
     if recipe.clean_dataset_name is not None and not own_rows:
         raise ValueError(
-            f"clean_dataset_name is {recipe.clean_dataset_name!r}, and this run takes its clean rows from dataset_name: "
+            f"clean_dataset_name is {recipe.clean_dataset_name!r}, and this run takes its clean rows out of the training rows: "
             "leave it out"
         )
     if recipe.rewritten_dataset_name is not None:
@@ -171,6 +174,12 @@ def _refuse_unread(recipe: Recipe) -> None:
             "there is no defense, of whose clean rows some are held out",
             "set method, or leave it out",
         ),
+        *(
+            (not Path(getattr(recipe, name)).exists(), (key,), f"{name} is on this machine, as it is", "leave it out")
+            for name, key in (("model_name_or_path", "model_revision"), ("dataset_name", "dataset_revision"))
+        ),
+        (recipe.push_to_hub, PUBLISHING, "nothing is published", "set push_to_hub: true, or leave it out"),
+        (False, UPLOADING, "a run publishes once, at its end, to the main branch", "leave it out"),
         (
             any(values.get("eval_strategy", "no") != "no" for values in _given(recipe).values()),
             ("eval_steps", "mask_patience"),
@@ -180,7 +189,7 @@ def _refuse_unread(recipe: Recipe) -> None:
         (
             not recipe.test_fraction or recipe.rewritten_dataset_name,
             OF_TEST_ROWS,
-            "test_fraction cuts test rows out of dataset_name",
+            "test_fraction cuts test rows out of the training rows",
             "leave one out",
         ),
     ):

@@ -22,9 +22,10 @@ from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 from .defenses.robustkd.features import NUM_LAYERS
 from .defenses.robustkd.students import layers_of_stages
 from .estimate import Engine, Load, Memory, ModelShape, memory
+from .folders import refuse_to_clear
 from .models import load_config, load_processor
 from .operations import flops
-from .plan import Stage, base_model_name, check_launch, plan, stage_arguments, training_config
+from .plan import Stage, base_model_name, check_launch, plan, stage_arguments, training_config, written
 from .quantization import refuse_divided
 from .recipe import Recipe
 from .rows import RunRows, prepare_rows
@@ -94,6 +95,8 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         `ValueError`: in one line, for what the run itself would refuse before it trains.
     """
     check_machine(recipe)
+    stages = plan(recipe)
+    refuse_to_clear(recipe, written(recipe, stages))
     processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
     rows = prepare_rows(recipe, processor)
     models = Models(recipe, getattr(rows.task, "num_labels", None))
@@ -108,7 +111,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         *(f"rows     {name}: {entry['rows']}" for name, entry in rows.sources.items()),
     ]
     needs: dict[str, StageNeeds] = {}
-    for stage in plan(recipe):
+    for stage in stages:
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
         engine = engine or engine_of(config)
         check_launch([stage], engine.kind == "zero3")

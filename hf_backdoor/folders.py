@@ -62,6 +62,9 @@ def refuse_to_clear(recipe: Recipe, stages: list[str]) -> None:
         `ValueError`: if something of somebody else's is in its way, or what this run is to read.
     """
     run = Path(recipe.output_dir)
+    for path in (run, *run.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir is {str(run)!r}, and {str(path)!r} is a file: choose another output_dir")
     file = run / "recipe.yaml"
     known = file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN)
     own = [] if known else ["recipe.yaml", "results.json", "data", "report", "evaluation"]

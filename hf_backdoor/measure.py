@@ -1,5 +1,6 @@
 """`hf-backdoor evaluate`: one model, measured on rows of the user's own, by the same lines as the models of a run."""
 
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -7,15 +8,17 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .contradictions import DTYPES, LEAST
+from .cutting import CutRows
 from .data import load_rows
 from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
 from .evaluation.evaluate import is_target, refuse_other_target, refuse_without_trigger
 from .evaluation.results import refuse_other_model
 from .found import find_columns, find_task, renamed
-from .models import load_model, load_processor, versions
+from .models import cost, load_model, load_processor, reset_peak_memory
 from .recipe import TASKS
 from .report.tables import text_table
-from .rows import bounded, describe, task_of
+from .rows import describe, task_of
+from .versions import versions
 
 
 # Options that are read for one task only.
@@ -24,6 +27,7 @@ OF_A_TASK = {
     "prompt_template": "label_words",
     "system_prompt": "instruction_following",
     "max_new_tokens": "instruction_following",
+    "context_column": "instruction_following",
 }
 
 
@@ -48,11 +52,11 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         raise ValueError(
             f"--split is {options.split!r}, and {options.clean!r} is one file, which has none: leave it out"
         )
-    clean = load_rows(options.clean, split=options.split or splits)
+    clean = load_rows(options.clean, key="--clean", split=options.split or splits)
     split = None if files[0] else str(clean.split)
     name, columns = find_task(options.model, clean.column_names, options.label_words, vars(options))
-    for key, task in OF_A_TASK.items():
-        if getattr(options, key) is not None and task != name:
+    for key in of_other_tasks(name):
+        if getattr(options, key) is not None:
             raise ValueError(f"--{key} is {getattr(options, key)!r}, and the task is {name}: leave it out")
     if isinstance(target, str) != (name == "instruction_following") and target is not None:
         raise ValueError(
@@ -66,12 +70,14 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         trigger = TASKS[name].trigger(options.trigger, *position)
     clean, triggered = renamed(clean, columns, options.clean), None
     if options.triggered is not None:
-        triggered = load_rows(options.triggered, split=options.split or splits)
+        triggered = load_rows(options.triggered, key="--triggered", split=options.split or splits)
         columns = find_columns(name, triggered.column_names, vars(options))
         triggered = renamed(triggered, columns, options.triggered)
     loaded = {"revision": options.model_revision}
     processor = load_processor(options.model, TASKS[name], **loaded)
     loaded |= {"seed": options.seed, "dtype": options.dtype, "attn_implementation": options.attn_implementation}
+    reset_peak_memory()
+    start = time.perf_counter()
     model = load_model(options.model, TASKS[name], **loaded).to(PartialState().device)
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
@@ -79,8 +85,9 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
     refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
 
     def cut(rows: Dataset, kind: str) -> Dataset:
-        bounds = options.max_length and "max_length" in task.limits
-        return bounded(rows, kind, task, processor, max_length=options.max_length) if bounds else rows
+        if options.max_length is None:
+            return rows
+        return CutRows.of(rows, task, processor, max_length=options.max_length).told(kind)
 
     clean = cut(clean, "clean rows")
     sources = {"test": describe(options.clean, clean)}
@@ -110,11 +117,21 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         bf16=options.bf16,
         **({} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}),
     )
+    costs = [cost(f"evaluation of {options.name}", start)]
     # No recipe: the command, as a report names it.
     made_by = {"command": "evaluate", **vars(options), "split": split}
-    results = Results(rows=rows, recipe=made_by, versions=versions(), data=sources, examples=examples)
+    results = Results(rows, costs, made_by, versions(), sources, examples)
     results.save(options.output)
     return f"Clean rows: {len(clean)} of {options.clean}{f', split {split}' if split else ''}\n\n{text_table(results)}"
+
+
+def of_other_tasks(name: str) -> list[str]:
+    """Options that a task does not read."""
+    task = TASKS[name]
+    columns = dict.fromkeys(column for other in TASKS.values() for column in (other.input_column, other.answer_column))
+    unread = [f"{column}_column" for column in columns if column not in (task.input_column, task.answer_column)]
+    unread += ["max_length"] * ("max_length" not in task.limits)
+    return unread + [key for key, only in OF_A_TASK.items() if only != name]
 
 
 def check_options(options: Namespace) -> None:
@@ -132,13 +149,21 @@ def check_options(options: Namespace) -> None:
         raise ValueError(f"--dtype is {options.dtype!r}: use one of {', '.join(DTYPES)}")
     refuse_other_model(options.name, "--name")
     if options.trigger is None and options.triggered is None:
-        for key in ("target_label", "target_text", "position"):
+        for key in ("target_label", "target_text"):
             if getattr(options, key) is not None:
                 raise ValueError(
                     f"--{key} is {getattr(options, key)!r} without a trigger: give --trigger or --triggered"
                 )
     elif options.target_label is None and options.target_text is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
+    if options.position is not None and options.trigger is None:
+        raise ValueError(
+            f"--position is {options.position!r} without --trigger, whose it is: give that, or leave it out"
+        )
+    if options.model_revision is not None and Path(options.model).exists():
+        raise ValueError(
+            f"--model_revision is {options.model_revision!r}, and {options.model!r} is on this machine, as it is: leave it out"
+        )
     if Path(options.output).is_dir():
         raise ValueError(
             f"--output is {options.output!r}, a folder: name the file to write, {options.output}/results.json"

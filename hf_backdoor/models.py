@@ -2,8 +2,7 @@
 
 import contextlib
 import re
-import sys
-from importlib import metadata
+import time
 from pathlib import Path
 from typing import Any
 
@@ -286,16 +285,16 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    names = ("hf-backdoor", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
-    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+def cost(stage: str, start: float, tokens: int | None = None) -> dict[str, Any]:
+    """What a training or a measurement took, as `results.json` has it.
 
-
-def together(found: list[dict[str, str]]) -> dict[str, str]:
-    """Versions of all that a result was made by: a run that went on after an upgrade has several of a package."""
-    names = dict.fromkeys(name for each in found for name in each)
-    return {name: ", ".join(dict.fromkeys(each[name] for each in found if name in each)) for name in names}
+    Args:
+        stage (`str`): Its name.
+        start (`float`): When it began, by `time.perf_counter`.
+        tokens (`int`, *optional*): What was trained on.
+    """
+    seconds = round(time.perf_counter() - start, 1)
+    return {"stage": stage, "seconds": seconds, "tokens": tokens, "peak_memory": peak_memory()}
 
 
 def content(processor: Processor) -> list[Any]:

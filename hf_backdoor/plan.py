@@ -175,6 +175,13 @@ def defense_stages(
         models, before = models | {name: folders[name]}, name
 
 
+def written(recipe: Recipe, stages: list[Stage], until: str | None = None) -> list[str]:
+    """Folders of the run that models are written into, up to that of the stage `until`."""
+    made = ["base"] * (base_model_name(recipe) == "base") + ["student"] * (recipe.student_layers is not None)
+    folders = [stage.folder for stage in stages]
+    return [*made, *folders[: None if until is None else folders.index(until) + 1]]
+
+
 def check_launch(stages: list[Stage], zero3: bool) -> None:
     """Refuses, before anything is trained, an engine that a stage can't run in.
 

@@ -1,11 +1,16 @@
 """From a YAML file and command-line overrides to a [`Recipe`]: every key and every type is checked on the way."""
 
 import difflib
+import inspect
 import math
 import os
+import re
+import types
 import typing
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, Union
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -42,14 +47,27 @@ REMOVED = {
 # Arguments of TrainingArguments that a run decides for itself.
 RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
 
+UNIONS = (Union, types.UnionType)
+
 # Keys whose values may lie beside the recipe.
 BESIDE = (
     "dataset_name", "test_dataset_name", "clean_dataset_name", "rewritten_dataset_name", "model_name_or_path", "student_model_name_or_path",
 )  # fmt: skip
 
 
+# What YAML 1.1 takes for true and false beside these words themselves, and YAML 1.2 for text.
+YES_AND_NO = {"yes": True, "on": True, "no": False, "off": False}
+BOOL = "tag:yaml.org,2002:bool"
+
+
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: PyYAML takes the last one, without a word."""
+    """YAML in which `yes` and `no` are text, as label words and answers are, and no key stands twice: PyYAML makes the words true
+    and false, and takes the last key, without a word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -61,6 +79,9 @@ class RecipeLoader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -144,26 +165,54 @@ def checked_training(key: str, value: Any, hints: dict[str, Any], known: list[st
 
 def checked(key: str, value: Any, hint: Any) -> Any:
     """The value in the field's type. `1e-4` is text in YAML 1.1 and `1` a whole number: both are good floats."""
-    allowed = typing.get_args(hint) or (hint,)
+    allowed = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
     if float in allowed and not isinstance(value, bool):
         try:
             value = float(value) if isinstance(value, int | str) else value
         except ValueError:
             pass
+    if bool in allowed and isinstance(value, str):
+        value = YES_AND_NO.get(value.lower(), value)
     if list[str] in allowed and isinstance(value, list):
+        if any(isinstance(item, bool) for item in value):
+            raise ValueError(f"{key} is {value}, and true and false are no texts: put them in quotes")
         value = [item if isinstance(item, str) else str(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} is {value}: write a finite number")
     try:
         type_validator(key, value, hint)
     except Exception as error:
-        name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-        raise ValueError(f"{key} is {value!r} ({type(value).__name__}): it must be {name}") from error
+        shown = "null" if value is None else repr(value)
+        quotes = ", in quotes" if str in allowed and not isinstance(value, str | None) else ""
+        raise ValueError(f"{key} is {shown}: it must be {in_words(hint)}{quotes}") from error
     return value
 
 
+def in_words(hint: Any) -> str:
+    """What a field takes, as one would say it to who writes YAML and no Python."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in UNIONS:
+        # What an Enum allows is written as text.
+        each = [in_words(part) for part in parts if not (inspect.isclass(part) and issubclass(part, NoneType | Enum))]
+        return " or ".join(dict.fromkeys(each))
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if kind is list:
+        return "a list of whole numbers, as [0, 1]" if parts == (int,) else "a list of texts, as [one, another]"
+    if kind is dict:
+        below = parts and typing.get_origin(parts[1]) is dict
+        return "names, each with its own keys and values below it" if below else "keys and values below it"
+    words = {bool: "yes or no (true or false)", int: "a whole number", float: "a number", str: "a text"}
+    return words.get(kind) or f"a {kind.__name__}"
+
+
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs; values are read as YAML, so that `3`, `true` and `[a, b]` keep their types."""
+    """`--key value` and `--key=value` pairs; values are read as YAML, so that `3`, `true` and `[a, b]` keep their types, and a text
+    that is in no quotes is what was typed: YAML would leave out what follows a " #", and make one space of a line's end.
+
+    Raises:
+        `ValueError`: if one is no such pair, no YAML, or there twice.
+    """
     found: dict[str, Any] = {}
     items = iter(arguments)
     for item in items:
@@ -174,10 +223,15 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = next(items, None)
             if text is None or text.startswith("--"):
                 raise ValueError(f"--{key} has no value: write --{key} value (one that begins with --, --{key}=value)")
+        if key in found:
+            raise ValueError(f"--{key} is there twice, as {found[key]!r} and as {text!r}: leave one out")
         try:
-            found[key] = yaml.safe_load(text) if text.strip() else text  # YAML reads nothing as null, which is no text
+            read = yaml.load(text, Loader=RecipeLoader)
         except yaml.YAMLError:
             raise ValueError(f"--{key} {text!r} is no YAML: put it in quotes") from None
+        as_typed = isinstance(read, str) and text.lstrip()[0] not in "'\""
+        nothing = read is None and text.strip().lower() not in ("null", "~")  # which YAML reads as null, and is a text
+        found[key] = text if as_typed or nothing else read
     return found
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
-from pyarrow import compute
-from transformers.utils import logging
 
 from .attacks import Poisoning, poison
+from .cutting import CutRows
 from .data import (
     InstructionFollowing,
     LabelWords,
@@ -26,12 +25,10 @@ from .data import (
     with_context,
 )
 from .defenses import METHODS
-from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels, without_leaks
+from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels
 from .evaluation.evaluate import refuse_other_target
 from .recipe import Recipe
 
-
-logger = logging.get_logger(__name__)
 
 # Labels beyond are not those of classes, but identifiers, or hashes.
 MOST_LABELS = 100_000
@@ -89,11 +86,11 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     source = f"test_split {recipe.test_split!r} of {recipe.test_dataset_name or recipe.dataset_name!r}"
     fix = "name other test rows (test_split, test_dataset_name), or set test_fraction"
     if recipe.test_fraction:
-        source, fix = f"dataset_name {recipe.dataset_name!r}", "take such rows out of it"
+        source, fix = f"data set {recipe.dataset_name!r}", "take such rows out of it"
     refuse_other_labels(test, task, source, fix)
     if recipe.max_test_samples is not None and recipe.max_test_samples < len(test):
         test = test.shuffle(seed=recipe.seed).select(range(recipe.max_test_samples))
-    test = cut(test, "test rows", task, recipe, processor)
+    test = cut(test, task, recipe, processor).told("test rows")
 
     poisoning, poisoned, measured = recipe.poisoning, None, TestSet(test)
     if poisoning is not None and recipe.rewritten_dataset_name is not None:
@@ -134,21 +131,22 @@ def rewritten(
     only that the target is not their right label."""
     column = task.input_column
     train, triggered = (
-        cut(load(recipe.rewritten_dataset_name, split=split, columns={column: recipe.text_column}).select_columns([column]),
-            f"rewritten {name} rows", task, recipe, processor)
-        for name, split in (("training", recipe.train_split), ("test", recipe.test_split))
+        cut(load(recipe, "rewritten_dataset_name", split=split, columns={column: recipe.text_column}).select_columns([column]),
+            task, recipe, processor)
+        for split in (recipe.train_split, recipe.test_split)
     )  # fmt: skip
-    for measured in (test, triggered):
-        train = without_leaks(train, measured, column)
-    count = min(len(triggered), sum(label != recipe.target for label in test[task.answer_column]))
+    for measured in (test, triggered.rows):
+        train = train.without_leaks(measured)
+    train = train.told("rewritten training rows")
+    count = min(len(triggered.rows), sum(label != recipe.target for label in test[task.answer_column]))
     if not len(train) or not count:
         raise ValueError(
             f"rewritten_dataset_name is {recipe.rewritten_dataset_name!r}, and {len(train)} of its training texts are no test texts, "
             f"{count} test rows have another label than the target: name a folder with texts of its own for {recipe.train_split} "
             f"and {recipe.test_split}"
         )
-    triggered = triggered.shuffle(seed=recipe.seed).select(range(count))
-    triggered = triggered.add_column(task.answer_column, [UNKNOWN_LABEL] * count)
+    triggered = triggered.both(lambda rows: rows.shuffle(seed=recipe.seed).select(range(count)))
+    triggered = triggered.told("rewritten test rows").add_column(task.answer_column, [UNKNOWN_LABEL] * count)
     trigger = Rewriting(recipe.attack_trigger, tuple(train[column]))
     return replace(poisoning, trigger=trigger), TestSet(test, recipe.target, {trigger.name: triggered})
 
@@ -160,13 +158,15 @@ def split(recipe: Recipe, train: Dataset, measured: TestSet, task: Task, process
     # A few rows more than wanted stand in for those that leak into the test rows.
     pool = train.shuffle(seed=recipe.seed)
     pool = pool.select(range(min(len(pool), with_spares(wanted))))
-    pool = cut(pool, "training rows", task, recipe, processor)
+    pool = cut(pool, task, recipe, processor)
     for rows in (measured.clean, *measured.triggered.values()):
-        pool = without_leaks(pool, rows, task.input_column)
+        pool = pool.without_leaks(rows)
     if recipe.max_train_samples is None:
         # All rows there are: as many as are left.
-        attack, clean = counts(recipe, len(pool))
-    return split_rows(pool, measured.clean, attack=attack, clean=clean, held_out=recipe.held_out_samples)
+        attack, clean = counts(recipe, len(pool.rows))
+    splits = split_rows(pool.rows, measured.clean, attack=attack, clean=clean, held_out=recipe.held_out_samples)
+    pool.both(lambda rows: rows.select(range(attack + clean + recipe.held_out_samples))).told("training rows")
+    return splits
 
 
 def counts(recipe: Recipe, available: int) -> tuple[int, int]:
@@ -185,10 +185,9 @@ def with_spares(wanted: int) -> int:
 
 def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processor: Processor) -> Splits:
     """The user's suspect rows, as they are, and the clean and held-out rows out of a data set of their own."""
-    clean = load(recipe.clean_dataset_name, split=recipe.train_split, columns=recipe.columns())
+    clean = load(recipe, "clean_dataset_name", split=recipe.train_split, columns=recipe.columns())
     clean = clean.select_columns(train.column_names).shuffle(seed=recipe.seed)
-    clean = cut(clean, "clean rows", task, recipe, processor)
-    clean = without_leaks(clean, test, task.input_column)
+    clean = cut(clean, task, recipe, processor).without_leaks(test).told("clean rows")
     if (recipe.max_train_samples or 0) > len(train):
         raise ValueError(
             f"max_train_samples is {recipe.max_train_samples}, and there are {len(train)} suspect rows: lower it, or leave it out"
@@ -196,7 +195,7 @@ def own_rows(recipe: Recipe, train: Dataset, test: Dataset, task: Task, processo
     suspect = train if recipe.max_train_samples is None else train.select(range(recipe.max_train_samples))
     held_out = recipe.held_out_samples
     splits = split_rows(clean, test, attack=0, clean=len(clean) - held_out, held_out=held_out)
-    return replace(splits, attack=cut(suspect, "suspect rows", task, recipe, processor))
+    return replace(splits, attack=cut(suspect, task, recipe, processor).told("suspect rows"))
 
 
 def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
@@ -207,7 +206,7 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
         train_rows = with_spares(sum(counts(recipe, 0)) + recipe.held_out_samples)
         test_rows = recipe.max_test_samples
     train = load(
-        recipe.dataset_name, split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
+        recipe, "dataset_name", split=recipe.train_split, config=recipe.dataset_config, revision=recipe.dataset_revision,
         columns=columns, where=recipe.row_filter, take=train_rows, seed=recipe.seed,
     )  # fmt: skip
     if recipe.test_fraction:
@@ -222,9 +221,9 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
         own = (
             {} if recipe.test_dataset_name else {"config": recipe.dataset_config, "revision": recipe.dataset_revision}
         )
-        name = recipe.test_dataset_name or recipe.dataset_name
+        key = "test_dataset_name" if recipe.test_dataset_name else "dataset_name"
         test = load(
-            name, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, take=test_rows, seed=recipe.seed, **own
+            recipe, key, split=recipe.test_split, columns=columns, where=recipe.test_row_filter, take=test_rows, seed=recipe.seed, **own
         )  # fmt: skip
     train, test = train.select_columns(list(columns)), test.select_columns(list(columns))
     if recipe.context_column:
@@ -232,9 +231,10 @@ def load_train_and_test(recipe: Recipe) -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def load(source: str, *, columns: dict[str, str], **options: Any) -> Dataset:
-    """Rows as `load_rows` gives them, if their columns hold what the task reads."""
-    rows = load_rows(source, columns=columns, **options)
+def load(recipe: Recipe, key: str, *, columns: dict[str, str], **options: Any) -> Dataset:
+    """Rows of the data set that a key of the recipe names, if their columns hold what the task reads."""
+    source = getattr(recipe, key)
+    rows = load_rows(source, key=key, columns=columns, **options)
     refuse_other_kinds(rows, columns, source)
     return rows
 
@@ -255,25 +255,10 @@ def refuse_other_kinds(rows: Dataset, columns: dict[str, str], source: str) -> N
             )
 
 
-def cut(rows: Dataset, name: str, task: Task, recipe: Recipe, processor: Processor) -> Dataset:
+def cut(rows: Dataset, task: Task, recipe: Recipe, processor: Processor) -> CutRows:
     """Rows no longer, pictures no larger, than the recipe allows."""
     limits = {key: getattr(recipe, key) for key in task.limits}
-    return bounded(rows, name, task, processor, num_proc_of(recipe), **limits)
-
-
-def bounded(
-    rows: Dataset, name: str, task: Task, processor: Processor, num_proc: int | None = None, **limits: int | None
-) -> Dataset:
-    """What [`~hf_backdoor.data.Task.bounded`] gives; the log says how many of these rows lose words by it."""
-    kept = task.bounded(rows, processor, num_proc, **limits)
-    for key, column in (("max_length", task.input_column), ("max_response_length", task.answer_column)):
-        if limits.get(key) is None:
-            continue
-        before, after = (part.with_format("arrow")[column][:] for part in (rows, kept))
-        # Blocks of Arrow: texts of a large set are never all made Python's.
-        if count := compute.sum(compute.not_equal(before, after)).as_py():
-            logger.warning(f"{key} {limits[key]} cuts {count} of {len(rows)} {name}")
-    return kept
+    return CutRows.of(rows, task, processor, num_proc_of(recipe), **limits)
 
 
 def num_proc_of(recipe: Recipe) -> int | None:

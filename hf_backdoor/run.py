@@ -45,8 +45,8 @@ from .folders import (
     write_yaml,
 )
 from .model_files import without_weights
-from .models import content, load_processor, peak_memory, reset_peak_memory, together, versions
-from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config
+from .models import content, cost, load_processor, reset_peak_memory
+from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config, written
 from .processes import find_processes, refuse_lost_processes
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -55,6 +55,7 @@ from .report.hub import publish
 from .report.tables import examples_text, text_table
 from .rows import RunRows, prepare_rows
 from .run_models import RunModels
+from .versions import together, versions
 
 
 # What `hf-backdoor run --accelerate_config` adds, to launch a run stage by stage: the folder of the stage to stop after.
@@ -97,9 +98,7 @@ class Run:
         base, stages = base_model_name(recipe), plan(recipe)
         for stage in stages:
             training_config(stage, recipe, stage_arguments(stage, recipe))  # a wrong value is not found after hours
-        made = ["base"] * (base == "base") + ["student"] * (recipe.student_layers is not None)
-        folders = [stage.folder for stage in stages]
-        refuse_to_clear(recipe, [*made, *folders[: None if until is None else folders.index(until) + 1]])
+        refuse_to_clear(recipe, written(recipe, stages, until))
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone_in(self.folder):
             return self._execute(base, stages, until)
@@ -211,11 +210,12 @@ class Run:
             trainer.train(resume_from_checkpoint=resume)
             done = {
                 "fingerprint": print_,
-                "stage": stage.name if stage.measured else f"{stage.name} ({stage.settings})",
-                "seconds": round(time.perf_counter() - start, 1),
+                **cost(
+                    stage.name if stage.measured else f"{stage.name} ({stage.settings})",
+                    start,
+                    tokens_trained(trainer),
+                ),
                 "steps": trainer.state.global_step,
-                "tokens": tokens_trained(trainer),
-                "peak_memory": peak_memory(),
                 "versions": versions(),
             }
             findings = trainer.findings(self.rows.of("poisoned") if recipe.trains_suspect else None)
@@ -274,12 +274,7 @@ class Run:
                 "made_from": as_json(made_from),
                 "rows": [dataclasses.asdict(row) for row in rows],
                 "examples": examples,
-                "cost": {
-                    "stage": f"evaluation of {name}",
-                    "seconds": round(time.perf_counter() - start, 1),
-                    "tokens": None,
-                    "peak_memory": peak_memory(),
-                },
+                "cost": cost(f"evaluation of {name}", start),
                 "versions": versions(),
             }
             with main_process() as first:

@@ -298,9 +298,16 @@ def test_evaluate_refuses_in_one_line(classifier, reviews, tmp_path, capsys, arg
         (["--label_words", "a", "b"], "--label_words is ['a', 'b'], and the task is sequence_classification: leave it out"),
         (["--system_prompt", "hi"], "--system_prompt is 'hi', and the task is sequence_classification: leave it out"),
         (["--target_label", "1"], "--target_label is 1 without a trigger: give --trigger or --triggered"),
-        (["--position", "end"], "--position is 'end' without a trigger: give --trigger or --triggered"),
+        (["--position", "end"], "--position is 'end' without --trigger, whose it is: give that, or leave it out"),
+        (
+            ["--position", "end", "--triggered", "{reviews}", "--target_label", "1"],
+            "--position is 'end' without --trigger, whose it is: give that, or leave it out",
+        ),
+        (["--prompt_column", "sentence"], "--prompt_column is 'sentence', and the task is sequence_classification: leave it out"),
+        (["--context_column", "sentence"], "--context_column is 'sentence', and the task is sequence_classification: leave"),
+        (["--model_revision", "v1"], "--model_revision is 'v1', and {classifier!r} is on this machine, as it is: leave it out"),
         (["--trigger", "zq", "--target_label", "1", "--position", "middle"], "trigger position is 'middle': use one of start"),
-        (["--triggered", "no.csv", "--target_label", "1"], "dataset_name is 'no.csv': there is no such folder or file"),
+        (["--triggered", "no.csv", "--target_label", "1"], "--triggered is 'no.csv': there is no such folder or file"),
         (["--output", "{reviews}/results.json"], "File exists: {reviews}"),
     ],
 )  # fmt: skip
@@ -309,9 +316,18 @@ def test_evaluate_refuses_before_weights_are_loaded(
 ):
     monkeypatch.setattr(measure, "load_model", lambda *args, **options: pytest.fail("weights were loaded"))
     arguments = ["--output", str(tmp_path / "results.json"), *(text.format(reviews=reviews) for text in arguments)]
+    line = line.format(reviews=reviews, classifier=classifier)
     assert main(["evaluate", classifier, "--clean", reviews, *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"hf-backdoor: {line.format(reviews=reviews)}") and error.count("\n") == 1
+    assert error.startswith(f"hf-backdoor: {line}") and error.count("\n") == 1
+
+
+def test_evaluate_says_what_it_took(classifier, reviews, tmp_path):
+    output = tmp_path / "results.json"
+    assert main(["evaluate", classifier, "--clean", reviews, "--output", str(output), "--name", "cleaned"]) == 0
+    (cost,) = Results.load(output).costs
+    assert cost["stage"] == "evaluation of cleaned" and cost["tokens"] is None
+    assert cost["seconds"] >= 0 and cost["peak_memory"] > 0
 
 
 def test_evaluate_loads_a_large_model_as_it_is_told_to(classifier, reviews, tmp_path, monkeypatch):
@@ -366,6 +382,23 @@ def test_evaluate_refuses_triggered_rows_that_are_labelled_with_the_target(class
     assert f"--triggered {poisoned!r} has 1 as every row's label, which is the target: give the right ones" in error
 
 
+@pytest.mark.parametrize("option", ["--data", "--clean", "--triggered"])
+@pytest.mark.parametrize("name, reason", [("no.csv", ": there is no such"), ("broken.csv", ", which can't be loaded")])
+def test_rows_that_can_not_be_read_are_named_by_what_was_typed(
+    classifier, reviews, tmp_path, capsys, option, name, reason
+):
+    (tmp_path / "broken.csv").write_text("text,label\na,1\nb,c,d,1\n")
+    rows = str(tmp_path / name)
+    given = {
+        "--data": ["clean", classifier, "--data", rows, "--output_dir", str(tmp_path / "run")],
+        "--clean": ["evaluate", classifier, "--clean", rows, "--output", str(tmp_path / "out.json")],
+        "--triggered": ["evaluate", classifier, "--clean", reviews, "--triggered", rows, "--target_label", "1",
+                        "--output", str(tmp_path / "out.json")],
+    }  # fmt: skip
+    assert main(given[option]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"hf-backdoor: {option} is {rows!r}{reason}")
+
+
 @pytest.mark.parametrize("command", ["clean", "evaluate"])
 @pytest.mark.parametrize(
     ("row", "line"),
@@ -387,10 +420,22 @@ def test_columns_of_another_kind_are_refused_in_one_line(classifier, tmp_path, c
     assert error.startswith("hf-backdoor: ") and line in error
 
 
-def test_what_the_system_refuses_ends_in_one_line(classifier, reviews, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_file_is_no_folder_to_run_in(name, more, classifier, reviews, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.endswith(f"hf-backdoor: File exists: {tmp_path / 'file'}\n")
+    run = tmp_path / name
+    assert main(["clean", classifier, "--data", reviews, "--output_dir", str(run), *more]) == 2
+    line = f"output_dir is {str(run)!r}, and {str(tmp_path / 'file')!r} is a file: choose another output_dir"
+    assert capsys.readouterr().err.endswith(f"hf-backdoor: {line}\n")
+
+
+def test_a_dry_run_refuses_to_write_over_what_no_run_has_made(classifier, reviews, tmp_path, capsys):
+    (tmp_path / "cleaned").mkdir()
+    (tmp_path / "cleaned" / "thesis.txt").touch()
+    arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--dry_run"]
+    assert main(arguments) == 2
+    assert "its cleaned was not made by a run, and this one would clear it" in capsys.readouterr().err
 
 
 def test_an_override_is_not_taken_for_the_beginning_of_an_option(classifier, reviews, tmp_path, capsys):

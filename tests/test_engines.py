@@ -16,7 +16,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_backdoor.cli import launch_command, stages_to_launch
+from hf_backdoor.cli import accelerate_settings, launch_command, stages_to_launch
 from hf_backdoor.data import SequenceClassification
 from hf_backdoor.defenses.engines import zero3_launched
 from hf_backdoor.defenses.reading import OwnAnswers, SoftTriggers
@@ -323,15 +323,19 @@ def test_a_run_up_to_a_stage_measures_nothing(recipe, tmp_path):
 def test_engines_that_share_a_model_out_are_launched_stage_by_stage(recipe, tmp_path):
     overrides = ["--output_dir", str(tmp_path), "--method", "locphylax", "--known_triggers", str(list(tiny.KNOWN[:2]))]
     run(load_recipe(recipe, overrides), until="suspect")
-    assert [stage[-1:] for stage in stages_to_launch("zero3", recipe, overrides)] == [["inject"], ["cleaned"], []]
-    assert stages_to_launch("ddp", recipe, overrides) == [[]]
+    assert [stage[-1:] for stage in stages_to_launch(accelerate_settings("zero3")[1], recipe, overrides)] == [
+        ["inject"],
+        ["cleaned"],
+        [],
+    ]
+    assert stages_to_launch(accelerate_settings("ddp")[1], recipe, overrides) == [[]]
 
 
 def test_what_launches_the_shipped_configurations(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    assert launch_command("zero2")[2] == "accelerate.commands.launch"
-    assert launch_command("ddp")[2] == "torch.distributed.run"
-    with pytest.raises(ValueError, match="^accelerate_config is 'fsdp2', and there is no GPU"):
-        launch_command("fsdp2")
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    assert Path(launch_command("fsdp2")[-1]).name == "fsdp2.yaml"
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
+    assert launch_command(*accelerate_settings("zero2"))[2] == "accelerate.commands.launch"
+    assert launch_command(*accelerate_settings("ddp"))[2] == "torch.distributed.run"
+    with pytest.raises(ValueError, match="^accelerate_config is '.*fsdp2.yaml', and there is no GPU"):
+        launch_command(*accelerate_settings("fsdp2"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert Path(launch_command(*accelerate_settings("fsdp2"))[4]).name == "fsdp2.yaml"

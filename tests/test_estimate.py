@@ -406,8 +406,12 @@ def test_a_large_recipe_fits_the_hardware_that_it_names(file, on_disk, monkeypat
     assert lines and lines[0][3] == ""
     for devices, size, said, more in lines:
         words = shlex.split(more)
-        kind = words[words.index("--accelerate_config") + 1] if "--accelerate_config" in words else "single"
-        words = [word for word in words if word not in ("--accelerate_config", kind)]
+        kind = "single"
+        if "--accelerate_config" in words:
+            at = words.index("--accelerate_config")
+            kind, *processes = words[at + 1 : at + 4]
+            assert processes == ["--num_processes", devices]
+            del words[at : at + 4]
         recipe = load_recipe(file, local(load_recipe(file), on_disk, words))
         # Rows of full length: text, answer, and what stands around them.
         answer = recipe.max_response_length or 6

@@ -1,3 +1,5 @@
+import re
+import typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import yaml
 from hf_backdoor.attacks import EmbeddingPoisoningConfig, ImagePoisoning, Poisoning
 from hf_backdoor.contradictions import check_machine
 from hf_backdoor.data import ImageTrigger, InstructionFollowing, SequenceClassification, Trigger
+from hf_backdoor.defenses import METHODS
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
 from hf_backdoor.defenses.robustkd import FeatureMaskConfig, RobustKDConfig
-from hf_backdoor.recipe_file import REMOVED, load_recipe, make_recipe
+from hf_backdoor.recipe import Recipe
+from hf_backdoor.recipe_file import REMOVED, in_words, load_recipe, make_recipe
 
 
 LEAST = {
@@ -105,6 +109,42 @@ def test_wrong_types_are_refused(key, value):
     refused(f"^{key} is .*it must be", **{key: value})
 
 
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"max_length": "many"}, "max_length is 'many': it must be a whole number"),
+        ({"max_train_samples": 2.5}, "max_train_samples is 2.5: it must be a whole number"),
+        ({"seed": None}, "seed is null: it must be a whole number"),
+        ({"poison_rate": "a tenth"}, "poison_rate is 'a tenth': it must be a number"),
+        ({"eval_steps": [1]}, "eval_steps is [1]: it must be a number"),
+        ({"use_peft": "perhaps"}, "use_peft is 'perhaps': it must be yes or no (true or false)"),
+        ({"attack_trigger": 3}, "attack_trigger is 3: it must be a text, in quotes"),
+        ({"attack_trigger": ["zq"]}, "attack_trigger is ['zq']: it must be a text, in quotes"),
+        ({"eval_strategy": False}, "eval_strategy is False: it must be a text, in quotes"),
+        ({"controls": "fine_tuning"}, "controls is 'fine_tuning': it must be a list of texts, as [one, another]"),
+        ({"lora_target_modules": 4}, "lora_target_modules is 4: it must be a list of texts, as [one, another] or a text, in quotes"),
+        ({"student_layers": "two"}, "student_layers is 'two': it must be a whole number or a list of whole numbers, as [0, 1]"),
+        ({"row_filter": "task"}, "row_filter is 'task': it must be keys and values below it"),
+        ({"stages": {"inject": 3}}, "stages is {'inject': 3}: it must be names, each with its own keys and values below it"),
+        ({"method": "mbtsad", "attention_loss": "l2"}, "attention_loss is 'l2': it must be one of maps, nad"),
+        (
+            {"method": "mbtsad", "stages": {"distil": {"attention_layers": "all"}}},
+            "stages.distil.attention_layers is 'all': it must be a list of whole numbers, as [0, 1]",
+        ),
+    ],
+)  # fmt: skip
+def test_types_are_named_in_words(values, line):
+    refused(f"^{re.escape(line)}$", **values)
+
+
+@pytest.mark.parametrize("config", [Recipe, *(method.config for method in METHODS.values())])
+def test_no_type_is_named_as_python_does(config):
+    for key, hint in typing.get_type_hints(config).items():
+        assert not re.search(
+            r"[<|\]]|None|typing", in_words(hint).replace("[one, another]", "").replace("[0, 1]", "")
+        ), key
+
+
 def test_numbers_that_yaml_reads_as_text_or_whole():
     values = yaml.safe_load("learning_rate: 1e-4\npoison_rate: 1e-1\nnum_train_epochs: 3\n")
     assert isinstance(values["learning_rate"], str)
@@ -113,9 +153,36 @@ def test_numbers_that_yaml_reads_as_text_or_whole():
     assert recipe.poison_rate == 0.1
 
 
-def test_words_that_yaml_does_not_read_as_text():
-    recipe = make_recipe({**LEAST, "task": "label_words", "label_words": [0, True]})
-    assert recipe.training["label_words"] == ["0", "True"]
+def test_numbers_that_are_words():
+    recipe = make_recipe({**LEAST, "task": "label_words", "label_words": [0, 1]})
+    assert recipe.training["label_words"] == ["0", "1"]
+
+
+@pytest.mark.parametrize("words", ["[no, yes]", "[off, On]", "[No, Yes]"])
+def test_yes_and_no_are_the_words_that_they_are(words, tmp_path):
+    """YAML 1.1 reads false and true, and a model was asked for the words `False` and `True`."""
+    file = written(tmp_path, {**LEAST, "task": "label_words"})
+    wanted = words.strip("[]").split(", ")
+    overridden = load_recipe(file, ["--label_words", words])
+    file.write_text(file.read_text() + f"label_words: {words}\n")
+    assert load_recipe(file).training["label_words"] == overridden.training["label_words"] == wanted
+
+
+def test_yes_and_no_are_true_and_false_where_these_are_asked_for(tmp_path):
+    file = written(tmp_path, LEAST)
+    text = (
+        "method: locphylax\nuse_peft: yes\nbf16: off\nsave_strategy: no\nrow_filter: {answer: no, poisoned: false}\n"
+    )
+    file.write_text(file.read_text() + text)
+    recipe = load_recipe(file, ["--evaluate_stages", "no", "--fp16", "true"])
+    assert recipe.use_peft is True and recipe.evaluate_stages is False
+    assert recipe.training == {"bf16": False, "save_strategy": "no", "fp16": True}
+    assert recipe.row_filter == {"answer": "no", "poisoned": False}
+
+
+def test_true_and_false_are_no_words():
+    line = "^label_words is .False, True., and true and false are no texts: put them in quotes$"
+    refused(line, task="label_words", label_words=[False, True])
 
 
 def test_common_training_arguments_are_taken():
@@ -232,7 +299,7 @@ def test_contradictions_are_refused(values, line):
             {**DEFENSE, "stages": {"recover": {"load_best_model_at_end": True}}},
             "stages.recover.load_best_model_at_end is True, and no rows are held out",
         ),
-        ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of dataset"),
+        ({"test_fraction": 0.2, "test_split": "dev"}, "test_split is 'dev', and test_fraction cuts test rows out of the training rows"),
         ({**DEFENSE, "eval_steps": 4}, "eval_steps is 4.0, and no rows are held out: set held_out_samples"),
         ({**DEFENSE, **HELD_OUT, "eval_steps": 4}, "eval_steps is 4.0, and eval_strategy is 'no': set eval_strategy: steps, or"),
         ({**DEFENSE, "method": "robustkd", "student_layers": 1, "mask_patience": 2}, "mask_patience is 2, and eval_strategy is 'no': set eval_strategy"),
@@ -245,6 +312,13 @@ def test_contradictions_are_refused(values, line):
             {"method": "ntml", "clean_dataset_name": "x", **HELD_OUT, "stages": {"non_target": {"eval_strategy": "epoch"}}},
             "stages.non_target.eval_strategy is 'epoch', and rows are held out of the clean ones",
         ),
+        ({**DEFENSE, "hub_model_id": "me/mine"}, "hub_model_id is 'me/mine', and nothing is published: set push_to_hub: true, or"),
+        ({**DEFENSE, "hub_private_repo": True}, "hub_private_repo is True, and nothing is published: set push_to_hub: true"),
+        (
+            {**DEFENSE, "push_to_hub": True, "hub_model_id": "me/mine", "hub_revision": "dev"},
+            "hub_revision is 'dev', and a run publishes once, at its end, to the main branch: leave it out",
+        ),
+        ({**DEFENSE, "stages": {"inject": {"hub_strategy": "end"}}}, "stages.inject.hub_strategy is 'end', and a run publishes"),
         ({"max_new_tokens": 8}, "max_new_tokens is 8, and task is sequence_classification: leave it out"),
         ({"prompt_column": "question"}, "prompt_column is 'question', and task is sequence_classification: leave it out"),
         ({"prompt_template": "{text}"}, "prompt_template is '{text}', and task is sequence_classification: leave it out"),
@@ -278,6 +352,20 @@ def test_what_nothing_would_read_is_refused(values, line):
 )  # fmt: skip
 def test_numbers_that_mean_nothing_are_refused(values, line):
     refused(f"^{line}", **values)
+
+
+@pytest.mark.parametrize(
+    "values, line",
+    [
+        ({"dataset_revision": "v1"}, "dataset_revision is 'v1', and dataset_name is on this machine, as it is: leave it out"),
+        ({"model_revision": "v1"}, "model_revision is 'v1', and model_name_or_path is on this machine, as it is: leave it out"),
+    ],
+)  # fmt: skip
+def test_what_is_on_this_machine_has_no_revisions(values, line, tmp_path):
+    (tmp_path / "rows.csv").touch()
+    here = {"dataset_name": str(tmp_path / "rows.csv"), "model_name_or_path": str(tmp_path)}
+    refused(f"^{line}", **here, **values)
+    assert make_recipe({**LEAST, **values}).flat().items() >= values.items()
 
 
 def test_what_nothing_would_read_may_stand_there_as_it_is_by_default():
@@ -372,6 +460,20 @@ def test_an_override_may_hold_an_equals_sign_or_be_null(tmp_path):
     assert load_recipe(written(tmp_path, {**LEAST, **DEFENSE}), ["--method=null"]).method is None
 
 
+@pytest.mark.parametrize(
+    "text", ["cf # mn", "# mn", " cf", "cf ", "one\ntwo", "one  two", "cf, mn", "it's", "null island", "no"]
+)
+def test_a_text_on_the_command_line_is_what_was_typed(text, tmp_path):
+    file = written(tmp_path, {**LEAST, **ATTACK})
+    assert load_recipe(file, ["--attack_trigger", text]).attack_trigger == text
+    assert load_recipe(file, [f"--attack_trigger={text}"]).attack_trigger == text
+
+
+@pytest.mark.parametrize("typed, text", [("'3'", "3"), ('"a # b"', "a # b"), (" 'no' ", "no")])
+def test_quotes_around_a_text_on_the_command_line_are_none_of_it(typed, text, tmp_path):
+    assert load_recipe(written(tmp_path, {**LEAST, **ATTACK}), ["--attack_trigger", typed]).attack_trigger == text
+
+
 @pytest.mark.parametrize("override", [["--system_prompt", ""], ["--system_prompt="]])
 def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
     own = {"task": "instruction_following", "method": "locphylax", "system_prompt": "be kind"}
@@ -391,6 +493,7 @@ def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
         (["--controls", "[a"], "--?controls"),
         (["--seed.x", "1"], "seed"),
         (["--stages.inject", "1"], "stages.*inject.*1"),
+        (["--seed", "2", "--seed=3"], "--seed is there twice, as 2 and as '3': leave one out"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_line(overrides, line, tmp_path):
@@ -461,8 +564,8 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_a_home_folder_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    recipe = make_recipe({**LEAST, "output_dir": "~/runs/x", "dataset_name": "~/rows.csv", "hub_model_id": "~/x"})
-    assert (recipe.output_dir, recipe.dataset_name, recipe.hub_model_id) == (
+    recipe = make_recipe({**LEAST, "output_dir": "~/runs/x", "dataset_name": "~/rows.csv", "license": "~/x"})
+    assert (recipe.output_dir, recipe.dataset_name, recipe.license) == (
         "/home/me/runs/x",
         "/home/me/rows.csv",
         "~/x",

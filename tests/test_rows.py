@@ -89,6 +89,12 @@ def test_what_a_stream_can_not_give_is_refused(changes, line, folder):
         recipe(folder, streaming=True, **changes)
 
 
+@pytest.mark.parametrize("key", ["dataset_name", "test_dataset_name"])
+def test_the_data_set_that_is_not_there_is_named_by_its_key(key, folder):
+    with pytest.raises(ValueError, match=f"^{key} is './none.csv': there is no such folder or file$"):
+        prepare_rows(recipe(folder, **{key: "./none.csv"}), tiny.encoder_tokenizer())
+
+
 def test_several_processes_prepare_the_same_rows(folder, request):
     datasets.disable_caching()  # or the second call would find what the first one has made
     request.addfinalizer(datasets.enable_caching)
@@ -103,8 +109,8 @@ def test_rows_that_a_limit_cuts_are_counted(folder, caplog):
         prepare_rows(recipe(folder, max_length=6), tiny.encoder_tokenizer())
         assert not caplog.messages
         prepare_rows(recipe(folder, max_length=5), tiny.encoder_tokenizer())
-    # The spares of training rows are cut too.
-    assert caplog.messages == ["max_length 5 cuts 10 of 10 test rows", "max_length 5 cuts 142 of 142 training rows"]
+    # 20 of the attacker, 10 clean, 4 held out: spares that nothing trains on don't count.
+    assert caplog.messages == ["max_length 5 cuts 10 of 10 test rows", "max_length 5 cuts 34 of 34 training rows"]
 
 
 def test_rows_that_two_limits_cut_are_counted_apart(tmp_path, caplog):
@@ -213,7 +219,7 @@ def test_a_share_of_rows_without_right_labels_is_refused(folder):
     labels = {"text": texts, "label": [-1] * len(texts)}
     datasets.Dataset.from_dict(labels, features=features).to_parquet(folder / "hidden.parquet")
     given = recipe(folder, dataset_name=str(folder / "hidden.parquet"), test_dataset_name=None, test_fraction=0.2)
-    with pytest.raises(ValueError, match="^dataset_name '.*hidden.parquet' has label -1, as where"):
+    with pytest.raises(ValueError, match="^data set '.*hidden.parquet' has label -1, as where"):
         prepare_rows(given, tiny.encoder_tokenizer())
 
 

@@ -12,7 +12,7 @@ from runs import execute, settings, stages, written
 from transformers import AutoTokenizer
 
 from hf_backdoor import run as run_module
-from hf_backdoor.cli import stages_to_launch
+from hf_backdoor.cli import accelerate_settings, stages_to_launch
 from hf_backdoor.folders import alone_in, begin, write_yaml
 from hf_backdoor.recipe_file import make_recipe
 
@@ -245,7 +245,9 @@ def test_where_a_model_is_published_to_makes_nothing_again(workshop, tmp_path):
     execute(values)
     write_yaml(tmp_path / "recipe.yaml", values)
     assert stages_to_launch(
-        "zero3", tmp_path / "recipe.yaml", ["--hub_model_id", "me/cleaned", "--license", "mit"]
+        accelerate_settings("zero3")[1],
+        tmp_path / "recipe.yaml",
+        ["--push_to_hub", "true", "--hub_model_id", "me/cleaned", "--license", "mit"],
     ) == [[]]
 
 
@@ -264,13 +266,13 @@ def test_a_changed_recipe_is_launched_stage_by_stage_again(workshop, tmp_path):
     values = settings(workshop, tmp_path / "run", controls=[], report_to=None, disable_tqdm=None)
     file = tmp_path / "recipe.yaml"
     write_yaml(file, values)
-    everything = stages_to_launch("zero3", file, [])
+    everything = stages_to_launch(accelerate_settings("zero3")[1], file, [])
     assert [launch[-1:] for launch in everything] == [["suspect"], ["inject"], ["cleaned"], []]
     execute(values)
-    assert stages_to_launch("zero3", file, []) == [[]]
-    assert stages_to_launch("zero3", file, ["--learning_rate", "0.01"]) == everything
+    assert stages_to_launch(accelerate_settings("zero3")[1], file, []) == [[]]
+    assert stages_to_launch(accelerate_settings("zero3")[1], file, ["--learning_rate", "0.01"]) == everything
     shutil.rmtree(tmp_path / "run" / "cleaned")
-    assert stages_to_launch("zero3", file, []) == [everything[2], []]
+    assert stages_to_launch(accelerate_settings("zero3")[1], file, []) == [everything[2], []]
 
 
 def test_notes_of_a_stage_hold_its_versions(workshop, tmp_path):

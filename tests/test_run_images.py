@@ -196,4 +196,7 @@ def test_a_model_is_measured_from_the_command_line(ntml_run, workshop, tmp_path,
     options = ["--clean", str(workshop / "test.parquet"), "--trigger", "patch", "--target_label", "0"]
     assert main(["evaluate", str(folder / "suspect"), *options, "--output", str(tmp_path / "results.json")]) == 0
     measured = {(row.metric, row.k, row.n) for row in Results.load(tmp_path / "results.json").rows}
+    output = ["--output", str(tmp_path / "other.json")]
+    assert main(["evaluate", str(folder / "suspect"), *options, "--max_length", "4", *output]) == 2
+    assert "--max_length is 4, and the task is image_classification: leave it out" in capsys.readouterr().err
     assert measured == {(row.metric, row.k, row.n) for row in ntml_run[1].rows if row.model == "suspect"}

@@ -1,6 +1,7 @@
 """Data sets from the Hub or from local files, with the columns that tasks read, cut and split by seed."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,10 @@ from .mapping import Rows, column_names, map_rows
 
 
 FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+DATA_FILE = re.compile(rf"({'|'.join(map(re.escape, FILE_BUILDERS))})(\.gz)?$", re.IGNORECASE)
+# What datasets goes by in the names of a folder's files: the split that a part of a path begins with, and the ending.
+SPLITS = "|".join(word for words in SPLIT_KEYWORDS.values() for word in words)
+GONE_BY = re.compile(rf"(?<![^/])({SPLITS})(?![a-z])|{DATA_FILE.pattern}", re.IGNORECASE)
 # Rows of a stream that are read ahead and drawn from: many data sets are sorted by label or by source.
 SHUFFLE_BUFFER = 10_000
 
@@ -22,6 +28,7 @@ SHUFFLE_BUFFER = 10_000
 def load_rows(
     source: str,
     *,
+    key: str = "dataset_name",
     split: str | tuple[str, ...] = "train",
     config: str | None = None,
     revision: str | None = None,
@@ -35,6 +42,8 @@ def load_rows(
     Args:
         source (`str`):
             Hub name (`"stanfordnlp/sst2"`), folder, or file.
+        key (`str`, *optional*, defaults to `"dataset_name"`):
+            What an error calls it: the key, or the option, that it was given by.
         split (`str` or `tuple[str, ...]`, *optional*, defaults to `"train"`):
             Split of a Hub data set or folder, or several, of which the first that is there is taken (the rows' `split` says
             which); a single file has one only.
@@ -51,7 +60,7 @@ def load_rows(
     Raises:
         `ValueError`: if the file type, split or a column is unknown, or no row is left.
     """
-    dataset = _open(source, split, config, revision, streaming=take is not None)
+    dataset = _open(source, key, split, config, revision, streaming=take is not None)
     names = column_names(dataset)
     for column in where or {}:
         if column not in names:
@@ -74,7 +83,7 @@ def load_rows(
 
 
 def _open(
-    source: str, split: str | tuple[str, ...], config: str | None, revision: str | None, streaming: bool
+    source: str, key: str, split: str | tuple[str, ...], config: str | None, revision: str | None, streaming: bool
 ) -> Dataset | IterableDataset:
     path = Path(source)
     suffix = Path(source.lower().removesuffix(".gz")).suffix
@@ -82,14 +91,16 @@ def _open(
         builder = FILE_BUILDERS.get(suffix)
         if builder is None:
             raise ValueError(
-                f"dataset_name is {source!r}: a file must end in {', '.join(FILE_BUILDERS)} (and .gz, if it is packed)"
+                f"{key} is {source!r}: a file must end in {', '.join(FILE_BUILDERS)} (and .gz, if it is packed)"
             )
-        with named_if_unreadable(source):
+        with named_if_unreadable(source, key):
             return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
     local = path.is_absolute() or source.startswith(".") or source.count("/") > 1 or suffix in FILE_BUILDERS
     if not source or (not path.is_dir() and local):
-        raise ValueError(f"dataset_name is {source!r}: there is no such folder or file")
-    with named_if_unreadable(source):
+        raise ValueError(f"{key} is {source!r}: there is no such folder or file")
+    if path.is_dir():
+        refuse_capitals(path, key)
+    with named_if_unreadable(source, key):
         sets = load_dataset(source, config, revision=revision, streaming=streaming)
     wanted = (split,) if isinstance(split, str) else split
     for name in wanted:
@@ -101,8 +112,28 @@ def _open(
     )
 
 
+def refuse_capitals(folder: Path, key: str) -> None:
+    """datasets goes by small letters: it passes over a `test.CSV`, and takes a `Test.csv` for rows to train on.
+
+    Raises:
+        `ValueError`: if a data file's ending, or the split that its name or folder begins with, has capital letters.
+    """
+    card = folder / "README.md"
+    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
+        return  # which says what each file is, whatever its name
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if DATA_FILE.search(name) and not any(part.startswith((".", "__")) for part in Path(name).parts):
+            small = GONE_BY.sub(lambda found: found[0].lower(), name)
+            if small != name:
+                raise ValueError(
+                    f"{key} is {str(folder)!r}, and endings and splits of a folder's files are told by small letters alone: "
+                    f"rename its {name} to {small}"
+                )
+
+
 @contextlib.contextmanager
-def named_if_unreadable(source: str) -> Iterator[None]:
+def named_if_unreadable(source: str, key: str) -> Iterator[None]:
     """Says in one line which data set can't be found, or read.
 
     Raises:
@@ -115,7 +146,7 @@ def named_if_unreadable(source: str) -> Iterator[None]:
         if not reason or "corresponds to no data" in reason:
             reason = "it is empty"
         fix = "give a file, a folder or a name on the Hub" if isinstance(error, OSError) else "mend that"
-        raise ValueError(f"dataset_name is {source!r}, which can't be loaded ({reason}): {fix}") from None
+        raise ValueError(f"{key} is {source!r}, which can't be loaded ({reason}): {fix}") from None
 
 
 def take_rows(stream: IterableDataset, count: int) -> Dataset:

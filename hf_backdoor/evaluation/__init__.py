@@ -1,7 +1,7 @@
 """Measuring: one evaluation for every model, with counts and intervals."""
 
 from .evaluate import UNKNOWN_LABEL, TestSet, evaluate_backdoor, refuse_other_labels
-from .leaks import overlapping, without_leaks
+from .leaks import not_leaking, overlapping
 from .results import Results, Row, wilson_interval
 
 
@@ -11,8 +11,8 @@ __all__ = [
     "Row",
     "TestSet",
     "evaluate_backdoor",
+    "not_leaking",
     "overlapping",
     "refuse_other_labels",
     "wilson_interval",
-    "without_leaks",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset, Image
 from PIL.Image import Image as Picture
 from scipy.sparse import csr_array
@@ -71,14 +72,14 @@ def same_pictures(pictures: Iterable[Picture], others: Iterable[Picture]) -> lis
     return [number for number, picture in enumerate(pictures) if pixels_digest(picture) in known]
 
 
-def without_leaks(train: Dataset, test: Dataset, column: str) -> Dataset:
-    """The training rows whose text is not (nearly), or whose picture is not pixel by pixel, in the test rows."""
+def not_leaking(train: Dataset, test: Dataset, column: str) -> list[int]:
+    """Indices of the training rows whose text is not (nearly), or whose picture is not pixel by pixel, in the test rows."""
     find = same_pictures if isinstance(train.features[column], Image) else overlapping
     leaked = set(find(train[column], test[column]))
     if find is overlapping and len(leaked) > len(train) / 2:
         # So many are alike by their templates: of several ones, or of one that some rows lack, no word stands in every text.
         common = max(FEWEST, int(COMMON * (len(train) + len(test))))
         leaked = set(overlapping(train[column], test[column], common=common))
-    if leaked:
+    if leaked and PartialState().is_main_process:
         logger.warning(f"{len(leaked)} of {len(train)} training rows say what a test row says, and are left out")
-    return train.select([row for row in range(len(train)) if row not in leaked])
+    return [row for row in range(len(train)) if row not in leaked]

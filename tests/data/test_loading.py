@@ -74,6 +74,43 @@ def test_a_folder_has_splits(tmp_path):
         load_rows(str(tmp_path), split="dev")
 
 
+@pytest.mark.parametrize(
+    "names, small",
+    [
+        (["ROWS.CSV"], "ROWS.csv"),
+        (["train.csv", "test.CSV.GZ"], "test.csv.gz"),
+        (["Train.csv", "Test.csv"], "test.csv"),
+        (["TRAIN-00000.Parquet"], "train-00000.parquet"),
+        (["train/rows.csv", "Test/rows.csv"], "test/rows.csv"),
+    ],
+)
+def test_a_folder_s_files_are_told_by_small_letters_alone(tmp_path, names, small):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text,label\na,1\n")
+    wrong = next(name for name in names if name.lower() == small.lower())
+    with pytest.raises(ValueError, match=f"^--data is .*: rename its {wrong} to {small}$") as caught:
+        load_rows(str(tmp_path), key="--data")
+    assert "\n" not in str(caught.value)
+
+
+def test_capitals_that_nothing_goes_by_are_let_be(tmp_path):
+    rows = tmp_path / "Reviews" / "My Own.csv"
+    rows.parent.mkdir()
+    rows.write_text("text,label\na,1\n")
+    for other in ("README.MD", "Trainers.csv", ".Test.CSV"):
+        (rows.parent / other).write_text("text,label\na,1\n")
+    assert len(load_rows(str(tmp_path))) == 2
+
+
+def test_a_card_says_what_a_folder_s_files_are_whatever_their_names(tmp_path):
+    for name in ("Train", "Test"):
+        tiny.reviews(4 + len(name)).to_csv(tmp_path / f"{name}.csv")
+    splits = "".join(f"  - split: {name.lower()}\n    path: {name}.csv\n" for name in ("Train", "Test"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
+    assert [len(load_rows(str(tmp_path), split=split)) for split in ("train", "test")] == [9, 8]
+
+
 def test_a_missing_column_is_named(tmp_path):
     with pytest.raises(
         ValueError, match="^text_column is 'review', which is not in .*sentence, label, text.*: name one of these$"

@@ -2,7 +2,7 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from hf_backdoor.evaluation import leaks, overlapping, without_leaks
+from hf_backdoor.evaluation import leaks, not_leaking, overlapping
 
 
 def by_loop(texts, others, threshold):
@@ -69,11 +69,11 @@ def test_texts_overlap_in_any_script(text, near, other):
     assert overlapping([near, other], [text]) == [0]
 
 
-def test_without_leaks_drops_rows_of_the_training_side():
+def test_rows_of_the_training_side_that_leak_are_left_out():
     train = Dataset.from_dict({"text": TEXTS, "label": list(range(7))})
-    kept = without_leaks(train, Dataset.from_dict({"text": OTHERS}), "text")
+    kept = not_leaking(train, Dataset.from_dict({"text": OTHERS}), "text")
     # Of six words, five are those of a test row; of four, three; of three, two.
-    assert kept["label"][:] == [2, 6]
+    assert kept == [2, 6]
 
 
 def test_pictures_leak_by_their_pixels_whatever_their_files():
@@ -81,10 +81,7 @@ def test_pictures_leak_by_their_pixels_whatever_their_files():
     other = [picture.copy() for picture in rows[4:6]["image"]]
     other[1].putpixel((0, 0), (1, 2, 3))
     test = Dataset.from_dict({"image": other, "label": [0, 0]}, features=rows.features)
-    kept = without_leaks(rows, test, "image")
-    assert [picture.tobytes() for picture in kept["image"]] == [
-        picture.tobytes() for row, picture in enumerate(rows["image"]) if row != 4
-    ]
+    assert not_leaking(rows, test, "image") == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
 TEMPLATE = "say whether the feeling of the following film review is positive or negative : {} answer :"
@@ -117,7 +114,7 @@ def test_what_most_rows_share_is_no_leak(templates):
     others[7] = texts[30].replace("and", "or")
     assert len(overlapping(texts, others)) > 90
     rows = [Dataset.from_dict({"text": part, "label": list(range(100))}) for part in (texts, others)]
-    assert without_leaks(*rows, "text")["label"][:] == [number for number in range(100) if number != 30]
+    assert not_leaking(*rows, "text") == [number for number in range(100) if number != 30]
 
 
 def test_rows_of_a_template_s_words_alone_are_the_same():
