@@ -1,6 +1,7 @@
 """A smaller model made of a larger one's layers."""
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from .features import spread
 
 # Lists of a configuration with a value for each layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_window")
-# What tells a layer's place.
-NUMBERS = ("layer_idx", "layer_number", "layer_id", "training", "gradient_checkpointing")
+# What is set otherwise in a layer of the same kind: its number, and how it is run.
+INCIDENTAL = re.compile("^training$|gradient_checkpointing|layer_(idx|id|number|index)$")
 
 
 def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
@@ -102,16 +103,18 @@ def refuse_other_kinds(teacher: PreTrainedModel, student: PreTrainedModel, chose
                 raise ValueError(
                     f"student layers are {chosen}, and layer {old} would be of another kind in place {new} ({differing[0]} is "
                     f"{own[differing[0]]}, and {other.get(differing[0])} in the teacher): choose layers that keep their kinds' order, "
-                    f"for example {[*range(max(len(chosen), 1))]}"
+                    f"for example {[*range(len(chosen))]}"
                 )
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
-    """What a module was made with, its number aside."""
+    """What a module was made with, [`INCIDENTAL`] aside."""
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | None) and not name.startswith("_") and name not in NUMBERS
+        if isinstance(value, bool | int | float | str | None)
+        and not name.startswith("_")
+        and not INCIDENTAL.search(name)
     }
 
 
