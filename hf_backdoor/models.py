@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import Adapter, find_adapter, transplanted
-from .data import ImageClassification, Processor, SequenceClassification, Task
+from .data import ImageClassification, Processor, SequenceClassification, Task, refuse_last_column
 from .model_files import named_if_missing, own_code_refused, resolve, without_weights
 from .quantization import HEADS, dequantized, keep_trainable, quantization_config
 
@@ -204,6 +204,7 @@ def load_model(
             del model.config.quantization_config
     elif is_quantized(model):
         model = dequantized(model) if quantization is None else keep_trainable(model)
+    refuse_last_column(model)
     if task_class is not ImageClassification and model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(name_or_path, revision=revision).pad_token_id
     return model

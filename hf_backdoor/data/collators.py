@@ -8,7 +8,7 @@
 | `pixel_values` | [B, C, H, W] | images | as the model's image processor scales them |
 | `labels` | [B] | classification head | class |
 | `labels` | [B, A] | causal LMs | the last A tokens of the sequence, -100 where they are not the answer |
-| `readout_position` | [B] | texts | index into T of the state that a representation loss reads |
+| `readout_position` | [B] | texts | index into T of the state that a representation loss reads; none where a head reads the mean of all |
 | `trigger_id` | [B] | all | 0 clean, k >= 1 carries the defender's k-th known trigger |
 
 A causal LM's answers end at the last column, so the head runs on A + 1 positions (`logits_to_keep`), never on T.
@@ -180,10 +180,27 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+class WithoutReadout:
+    """A collator for a head that reads the mean over a text's tokens: no one state is what it reads."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> dict[str, Tensor]:
+        batch = self.collator(features)
+        batch.pop("readout_position", None)
+        return batch
+
+
 def collator_for(
-    processor: PreTrainedTokenizerBase | BaseImageProcessor, pad_to_multiple_of: int | None = None, own: Any = None
-) -> DefenseCollator | ImageCollator | WithSideColumns:
-    """The collator of a model that a processor belongs to, or the user's own, if there is one."""
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    pad_to_multiple_of: int | None = None,
+    own: Any = None,
+    mean: bool = False,
+) -> DefenseCollator | ImageCollator | WithSideColumns | WithoutReadout:
+    """The collator of a model that a processor belongs to, or the user's own, if there is one; `mean` is [`reads_mean`] of the model."""
+    if mean:
+        return WithoutReadout(collator_for(processor, pad_to_multiple_of, own))
     if own is not None:
         return WithSideColumns(own)
     if isinstance(processor, BaseImageProcessor):

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .collators import padding_id
+from .heads import refuse_last_column
 from .images import ImageClassification
 from .mapping import column_names
 from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
@@ -27,7 +28,12 @@ def auto_class(model: PreTrainedModel) -> type:
 
 
 def tell_padding(model: PreTrainedModel, processor: Processor | None) -> None:
-    """Tells a model with a classification head what its texts are padded with: a decoder's finds their last token by it."""
+    """Tells a model with a classification head what its texts are padded with: a decoder's finds their last token by it.
+
+    Raises:
+        `ValueError`: for a head that reads padding.
+    """
+    refuse_last_column(model)
     padding = padding_id(processor) if isinstance(processor, PreTrainedTokenizerBase) else None
     if padding is not None and auto_class(model) is AutoModelForSequenceClassification:
         model.config.get_text_config().pad_token_id = padding

@@ -52,6 +52,13 @@ def check_arguments(
             raise ValueError(f"{name} is given, and {type(trainer).__name__} would not read it: {instead}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}: pass the model itself, as from_pretrained gives it")
+    bare = base_model(model)
+    generates = isinstance(bare, PreTrainedModel) and auto_class(bare) is AutoModelForCausalLM
+    if generates and bare.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(bare).__name__} has an encoder and a decoder, and texts are taught to causal LMs here: use one of these, or a "
+            "model with a classification head"
+        )
     if peft_config is not None and isinstance(model, PeftModel):
         raise ValueError(
             "peft_config is given, and model has an adapter, which would not be trained any more: leave peft_config out, or "

@@ -36,6 +36,7 @@ from ..data import (
     infer_task,
     learned_positions,
     moved,
+    reads_mean,
     tell_padding,
 )
 from .arguments import check_arguments, check_checkpointing, check_other, check_rows, check_trained, labels_of
@@ -126,7 +127,9 @@ class DefenseTrainer(CheckpointTrainer):
         super().__init__(
             model=self.trained_model(model, peft_config),
             args=args,
-            data_collator=collator_for(processing_class, args.pad_to_multiple_of, data_collator),
+            data_collator=collator_for(
+                processing_class, args.pad_to_multiple_of, data_collator, reads_mean(base_model(model))
+            ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,

@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     T5Config,
@@ -60,6 +62,13 @@ def test_an_encoder_with_a_decoder_is_refused_before_it_is_trained(method, tmp_p
     config = T5Config(vocab_size=len(tiny.VOCABULARY), **sizes, pad_token_id=0, eos_token_id=3, num_labels=2)
     with pytest.raises(ValueError, match="^T5ForSequenceClassification has an encoder and a decoder"):
         tiny.trainer("sequence_classification", method, tmp_path, model=T5ForSequenceClassification(config))
+
+
+def test_an_encoder_with_a_decoder_that_generates_is_refused(tmp_path):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = BartConfig(vocab_size=len(tiny.VOCABULARY), **sizes, encoder_attention_heads=4, decoder_attention_heads=4)
+    with pytest.raises(ValueError, match="^BartForConditionalGeneration has an encoder and a decoder"):
+        tiny.trainer("instruction_following", "plain", tmp_path, model=BartForConditionalGeneration(config))
 
 
 def test_attention_that_gives_no_queries_is_refused_before_retraining(tmp_path):

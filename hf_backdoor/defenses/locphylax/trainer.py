@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ...data import LabelWords, SequenceClassification, Trigger, base_model, row_lengths
 from ..arguments import refuse_encoder_decoder
 from ..reading import InformedTrainer
+from ..readout import readout_states
 from ..staged import StagedTrainer
 from .config import LocphylaxConfig
 from .head import find_head, resize_head
@@ -234,7 +235,8 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
         if self.centres is None:
             self._measure(model)
         outputs = self.forward(model, inputs, hidden_states=[-1])
-        ids, states = inputs["trigger_id"], readout_states(outputs.hidden_states[-1], inputs)
+        # In float32: sums of squares lose too much in bfloat16.
+        ids, states = inputs["trigger_id"], readout_states(outputs.hidden_states[-1], inputs).float()
         # The trainer divides by the step's samples; this makes it each trigger's own count, 1/|I_k|.
         per_trigger = step_counts.sum() / step_counts.clamp(min=1)[ids]
         cluster = self.alpha * clustering_loss(states, ids, self.centres) * per_trigger
@@ -259,7 +261,7 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             batch = self._prepare_inputs(self.data_collator(features))
             outputs = self.forward(model, batch, hidden_states=[-1])
             losses.append(self.task_loss(outputs.logits, batch["labels"]))
-            states.append(readout_states(outputs.hidden_states[-1], batch))
+            states.append(readout_states(outputs.hidden_states[-1], batch).float())
         model.train()
         states, ids = torch.cat(states), torch.tensor(ids[rows], device=states[0].device)
         self.centres = trigger_centres(states, ids, self.num_groups - 1)
@@ -299,9 +301,3 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
         if "loss" in logs and self.alpha is not None:
             logs["alpha"] = self.alpha.item()
         super().log(logs, start_time)
-
-
-def readout_states(hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Each sample's state at its read-out position, [B, D] in float32 (sums of squares lose too much in bfloat16)."""
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return hidden[rows, inputs["readout_position"]].float()

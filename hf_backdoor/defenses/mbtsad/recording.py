@@ -6,6 +6,7 @@ masks are made as ever, and nothing can be left behind in a saved model. A forwa
 checkpointing repeats in the backward pass runs outside of the block and is not recorded again.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,10 +82,9 @@ def record_attention(
     Raises:
         `ValueError`: if the model's attention can't be recorded, or its maps are not made of q, k and a plain mask.
     """
-    config = model.config.get_text_config()
-    name, depth = config._attn_implementation, config.num_hidden_layers
+    name = model.config.get_text_config()._attn_implementation
     attention = attention_function(model)
-    wanted = chosen_layers(layers, depth)
+    wanted, calling = attention_layers(model, layers), layers_with_attention(model)
     record: list[RecordedAttention] = []
     calls = 0
 
@@ -92,7 +92,7 @@ def record_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         nonlocal calls
-        if calls in wanted:
+        if calls < len(calling) and calling[calls] in wanted:
             layer = _recorded(module, query, key, kwargs)
             if compare_mask is not None:
                 _compare(layer, attention_mask, compare_mask, module, flash="flash" in name)
@@ -105,9 +105,9 @@ def record_attention(
         yield record
     finally:
         AttentionInterface.register(name, attention)
-    if calls != depth:
+    if calls != len(calling):
         raise ValueError(
-            f"{type(model).__name__} called its attention function {calls} times in {depth} layers, so queries and keys "
+            f"{type(model).__name__} called its attention function {calls} times in {len(calling)} layers, so queries and keys "
             "can't be told by layer: run one forward pass, and set attention_backend='eager' if that is what ran"
         )
 
@@ -120,12 +120,44 @@ def attention_function(model: PreTrainedModel) -> Callable:
     """
     name = model.config.get_text_config()._attn_implementation
     attention = AttentionInterface().get(name)
+    # A class may say nothing of it (`_supports_attention_backend`) and go by the interface (Jamba).
+    files = [sys.modules[each.__module__] for each in type(model).__mro__ if ".models." in each.__module__]
+    if files and not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
+        raise ValueError(
+            f"{type(model).__name__} computes its attention by itself, which gives no queries and keys: load it with "
+            "attn_implementation='eager' and set attention_backend='eager', or set attention_weight: 0"
+        )
     if attention is None:
         raise ValueError(
             f"attn_implementation is {name!r}, which gives no queries and keys: load the model with "
             "attn_implementation='sdpa', or set attention_backend='eager'"
         )
     return attention
+
+
+def layers_with_attention(model: PreTrainedModel) -> list[int]:
+    """Numbers of the layers that have attention maps; hybrid models have others between them (state spaces, convolutions)."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+    return [number for number, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind]
+
+
+def attention_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
+    """Numbers of the layers whose maps are compared, from 0: by default all that have one.
+
+    Raises:
+        `ValueError`: if one has none, or there is no such layer.
+    """
+    able, depth = layers_with_attention(model), model.config.get_text_config().num_hidden_layers
+    if not able:
+        raise ValueError(f"{type(model).__name__} has no attention: set attention_weight: 0")
+    chosen = chosen_layers(able if layers is None else layers, depth)
+    if unable := sorted({*chosen} - {*able}):
+        raise ValueError(
+            f"attention_layers is {list(layers)}, and layer {unable[0]} of {type(model).__name__} has no attention: name some of "
+            f"{able}"
+        )
+    return chosen
 
 
 def chosen_layers(layers: Sequence[int] | None, depth: int, argument: str = "attention_layers") -> list[int]:

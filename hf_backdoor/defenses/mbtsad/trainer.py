@@ -16,11 +16,19 @@ from transformers.modeling_outputs import ModelOutput
 from ...data import base_model, check_lengths, map_rows, row_lengths
 from ..arguments import check_alike, refuse_encoder_decoder
 from ..reading import InformedTrainer
+from ..readout import check_states
 from ..staged import StagedTrainer
 from .attention import attention_map_loss, nad_map_loss
 from .config import MBTSADConfig
 from .losses import eager_attention_map_loss, eager_nad_map_loss, hidden_state_loss, valid_entries
-from .recording import RecordedAttention, attention_function, chosen_layers, record_attention
+from .recording import (
+    RecordedAttention,
+    attention_function,
+    attention_layers,
+    chosen_layers,
+    layers_with_attention,
+    record_attention,
+)
 from .splitting import cut_to_fit
 
 
@@ -74,9 +82,9 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
         if "distil" in self.args.stages:
             # All that can be told now, and not when retraining is over.
             refuse_encoder_decoder(base_model(self.model), "MBTSAD")
+            self._attention_layers, self._hidden_layers = self._layers()
             if self.args.attention_backend == "lean" and self.args.attention_weight:
                 attention_function(base_model(self.model))
-            self._attention_layers, self._hidden_layers = self._layers()
         if "retrain" in self.args.stages and self.teacher_model is not None:
             raise ValueError(
                 f"teacher_model is given, and stages is {self.args.stages}, which makes the teacher: leave it out, or set "
@@ -106,10 +114,15 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
 
     def _layers(self) -> tuple[list[int], list[int]]:
         """Numbers of the layers whose maps and whose outputs are compared, from 0."""
-        depth = base_model(self.model).config.get_text_config().num_hidden_layers
-        return chosen_layers(self.args.attention_layers, depth), chosen_layers(
-            self.args.hidden_layers, depth, "hidden_layers"
-        )
+        model = base_model(self.model)
+        depth = model.config.get_text_config().num_hidden_layers
+        maps = attention_layers(model, self.args.attention_layers) if self.args.attention_weight else []
+        if maps and self.args.attention_backend == "eager" and len(layers_with_attention(model)) < depth:
+            raise ValueError(
+                f"attention_backend is 'eager', and {type(model).__name__} has layers without attention: set "
+                "attention_backend='lean', or attention_weight: 0"
+            )
+        return maps, chosen_layers(self.args.hidden_layers, depth, "hidden_layers")
 
     # ---- Stages ----
 
@@ -210,6 +223,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             # A layer's states are freed as soon as its loss is there (under autocast they are float32 copies).
             pairs = [(outputs.hidden_states[n], theirs.hidden_states[n]) for n in self._hidden_states]
             theirs = outputs.hidden_states = None
+            check_states(pairs[0][0], inputs)
             losses = [hidden_state_loss(*pairs.pop(0), mask) for _ in self._hidden_states]
             terms["hidden"] = args.hidden_weight / len(losses) * sum(losses)
         return terms, outputs.logits
@@ -227,7 +241,17 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             return self.forward(model, inputs, self._hidden_states), []
         if self.args.attention_backend == "eager":
             outputs = self.forward(model, inputs, self._hidden_states, output_attentions=True)
-            return outputs, [outputs.attentions[layer] for layer in self._attention_layers]
+            maps = outputs.attentions or ()
+            length, depth = (
+                inputs["input_ids"].shape[1],
+                base_model(self.model).config.get_text_config().num_hidden_layers,
+            )
+            if len(maps) != depth or any(each is None or each.shape[2:] != (length, length) for each in maps):
+                raise ValueError(
+                    f"attention_backend is 'eager', and {type(base_model(self.model)).__name__} gives no map of {length} queries and "
+                    "keys for each layer: set attention_weight: 0"
+                )
+            return outputs, [maps[layer] for layer in self._attention_layers]
         # A look at the model's own masks costs memory: once is enough.
         compare_mask = None if self._mask_compared else inputs["attention_mask"]
         bare = base_model(self.accelerator.unwrap_model(model))

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
 from ..arguments import check_alike
+from ..readout import readout_states
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
 
@@ -130,7 +131,7 @@ class ClassTrainer(DefenseTrainer):
 
 
 def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str, Any]) -> list[Tensor]:
-    """Features of each layer, [B, D]: the state at the read-out position, or the mean over positions (padding aside) or pixels.
+    """Features of each layer, [B, D], as [`readout_states`] has them.
 
     Raises:
         `ValueError`: if the model gives no such hidden state.
@@ -140,12 +141,5 @@ def feature_states(outputs: ModelOutput, layers: Sequence[int], inputs: dict[str
         hidden = outputs.get("hidden_states")
         if hidden is None or not -len(hidden) <= layer < len(hidden) or hidden[layer] is None:
             raise ValueError(f"feature_layers is {list(layers)}: the model gives no hidden state {layer}")
-        hidden = hidden[layer]
-        if "readout_position" in inputs:
-            states.append(hidden[torch.arange(len(hidden), device=hidden.device), inputs["readout_position"]])
-        elif "attention_mask" in inputs:
-            mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-            states.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-        else:  # [B, T, D] of a transformer, [B, D, H, W] of a convolutional network
-            states.append(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.flatten(2).mean(dim=2))
+        states.append(readout_states(hidden[layer], inputs))
     return states

@@ -95,6 +95,28 @@ def captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
+def check_features(
+    model: nn.Module, layers: Sequence[str], features: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> None:
+    """
+    Raises:
+        `ValueError`: if a module has given nothing, or of texts anything else than a state for each token (Funnel pools them,
+            Longformer pads them by itself).
+    """
+    for name in layers:
+        if not isinstance(features.get(name), Tensor):
+            raise ValueError(
+                f"layer {name!r} of {type(base_model(model)).__name__} gives no feature: name other modules"
+            )
+        shape = tuple(features[name].shape)
+        if "input_ids" in inputs and (len(shape) != 3 or shape[:2] != inputs["input_ids"].shape):
+            raise ValueError(
+                f"layer {name!r} of {type(base_model(model)).__name__} gives features of shape {shape} for input_ids of "
+                f"{tuple(inputs['input_ids'].shape)}: name modules that give a state for each token (a model that pads texts by "
+                "itself wants pad_to_multiple_of)"
+            )
+
+
 def valid_tokens(inputs: dict[str, Tensor]) -> Tensor | None:
     """[B, T] of booleans, or nothing where all of a feature is valid (images)."""
     mask = inputs.get("attention_mask")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ...data import base_model
+from ...data import base_model, reads_mean
 from ..config import choose
 from .config import FORMS, SHAPES
-from .features import as_tokens, captured, layer_names, looking, model_inputs, valid_tokens
+from .features import as_tokens, captured, check_features, layer_names, looking, model_inputs, valid_tokens
 
 
 CONFIG_NAME = "feature_mask.json"
@@ -92,8 +92,14 @@ class FeatureMask(nn.Module):
             `ValueError`: if a layer is unknown, or the shape is `"readout"` and features are an image's.
         """
         names = layer_names(model, layers, "mask_layers")
+        if shape == "readout" and reads_mean(base_model(model)):
+            raise ValueError(
+                "mask_shape is 'readout', and the model's head reads the mean of all positions (classifier_pooling): use channel "
+                "or position"
+            )
         with looking(model), captured(model, names) as features:
             model(**model_inputs(model, batch))
+        check_features(model, names, features, batch)
         sizes = {}
         for name in names:
             image = features[name].dim() == 4

@@ -22,6 +22,7 @@ from .connectors import StudentWithConnectors, make_connectors
 from .features import (
     as_tokens,
     captured,
+    check_features,
     clean_batches,
     counterparts,
     layer_names,
@@ -234,6 +235,8 @@ class RobustKDTrainer(InformedTrainer):
             # An engine moves the student to the device when it wraps it: until then it runs where it is.
             here = next(student.parameters()).device
             student(**{name: value.to(here) for name, value in model_inputs(student, inputs).items()})
+        check_features(self.teacher, self.teacher_feature_layers, theirs, inputs)
+        check_features(student, layers, ours, inputs)
         pairs = [(ours[own], theirs[name]) for own, name in zip(layers, self.teacher_feature_layers, strict=True)]
         if self.args.feature_loss == "margin":
             if any(feature.dim() != 4 for feature in theirs.values()):

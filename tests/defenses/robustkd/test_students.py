@@ -5,6 +5,7 @@ import tiny
 import torch
 from torch import nn
 from transformers import (
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
@@ -81,6 +82,16 @@ def test_tied_embeddings_types_of_layers_and_precision_are_kept():
         )
     )
     assert student_from_layers(mixed, [0, 1, 3]).config.layer_types == [kinds[0], kinds[1], kinds[3]]
+
+
+def test_layers_that_go_by_their_number_keep_it():
+    # GPT-2 may divide attention scores by a layer's number.
+    config = tiny.model("gpt2").config
+    config.scale_attn_by_inverse_layer_idx = True
+    teacher = GPT2LMHeadModel(config)
+    assert student_from_layers(teacher, [0]).config.num_hidden_layers == 1
+    with pytest.raises(ValueError, match=r"layer 1 would be of another kind in place 0 \(scaling is"):
+        student_from_layers(teacher, [1])
 
 
 @pytest.mark.parametrize("layers", [0, 5, [], [4], [-1]])
