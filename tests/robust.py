@@ -1,7 +1,5 @@
 """Trainers, masks and models that the tests of RobustKD share."""
 
-import gc
-
 import tiny
 import torch
 from torch.utils.data import Dataset
@@ -23,9 +21,6 @@ from hf_backdoor.defenses.robustkd import (
     student_from_layers,
 )
 
-
-# Each train() collects garbage, and would go through all that was imported: half of these tests' time.
-gc.freeze()
 
 # Plain gradient steps: Adam would blow rounding up into steps of full size, and clipping would hide a wrong scale.
 PLAIN_STEPS = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "num_train_epochs": 2}

@@ -1,7 +1,6 @@
 """What a run keeps of the adapters it trains: one that takes the suspect to the cleaned model, however many stages trained one."""
 
 import copy
-import gc
 import json
 from pathlib import Path
 
@@ -17,9 +16,6 @@ from hf_backdoor.adapters import save_adapter
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.run import Run
 
-
-# Each train() collects garbage, and would go through all that was imported.
-gc.freeze()
 
 KINDS = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}
 FORMATS = {

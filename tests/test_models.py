@@ -1,7 +1,6 @@
 """Where weights come from and go to: adapters over a base, quantized checkpoints, and what is refused."""
 
 import copy
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -20,9 +19,6 @@ from hf_backdoor.models import load_config, load_model, load_tokenizer, merged, 
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.run import Run
 
-
-# Each train() collects garbage, and would go through all that was imported.
-gc.freeze()
 
 KINDS = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}
 LORA = {

@@ -1,7 +1,6 @@
 """Adapters over quantized weights: trained over them, and saved without them."""
 
 import copy
-import gc
 import json
 from pathlib import Path
 
@@ -26,9 +25,6 @@ from hf_backdoor.run import Run
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-# Each train() collects garbage, and would go through all that was imported.
-gc.freeze()
-
 LAYERS = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}
 IDS = torch.arange(4, 24).reshape(2, 10)
 

@@ -1,6 +1,5 @@
 """Whole runs on tiny pictures and a tiny ResNet from scratch."""
 
-import gc
 import json
 from pathlib import Path
 
@@ -18,10 +17,6 @@ from hf_backdoor.model_files import without_weights
 from hf_backdoor.models import load_model
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.run import Run, run
-
-
-# Each train() collects garbage, and would go through all that was imported: most of these tests' time.
-gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Adapters on causal LMs, in every method; and activation checkpointing, which must not change a gradient."""
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,6 @@ from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLConfig, NTMLTrainer
 from hf_backdoor.defenses.robustkd import RobustKDConfig, RobustKDTrainer, student_from_layers
 from hf_backdoor.models import merged
 
-
-# Each train() collects garbage, and would go through all that was imported: half of these tests' time.
-gc.freeze()
 
 STAGES = (*tiny.METHODS, "robustkd", "non_target", "mutual")
 SETTINGS = {
