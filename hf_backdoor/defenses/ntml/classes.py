@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
-from ..arguments import check_alike
+from ..arguments import check_alike, labels_of
 from ..readout import readout_states
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
@@ -84,7 +84,7 @@ class ClassTrainer(DefenseTrainer):
 
     def given_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """[B], 0 to K - 1: the label that each row came with."""
-        return given_labels(inputs["labels"], self.word_ids)
+        return given_labels(labels_of(inputs), self.word_ids)
 
     @torch.no_grad()
     def over_rows(self, dataset: Dataset, work: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
