@@ -92,8 +92,8 @@ class LocphylaxConfig(ReadingConfig):
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
-        if len(set(self.known_triggers)) < 2:
-            raise ValueError(f"known_triggers is {self.known_triggers}: give two different texts or more")
+        if len(set(self.known_triggers)) < max(2, len(self.known_triggers)):
+            raise ValueError(f"known_triggers is {self.known_triggers}: give two texts or more, each another one")
         if self.searched_triggers < 0:
             raise ValueError(f"searched_triggers is {self.searched_triggers}: choose 0 or more")
         if not self.known_response.strip():

@@ -102,9 +102,11 @@ class MBTSADConfig(ReadingConfig):
             raise ValueError(f"stages is {self.stages}: use ['retrain', 'distil'], or one of the two")
         choose("attention_loss", self.attention_loss, ("maps", "nad"))
         choose("attention_backend", self.attention_backend, ("lean", "eager"))
-        weights = ("attention_weight", "hidden_weight", "task_weight")
-        self.refuse_negative(*weights)
-        if not any(getattr(self, name) for name in weights):
-            raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn from; raise one")
+        self.refuse_negative("attention_weight", "hidden_weight", "task_weight")
+        if "distil" in self.stages and not (self.attention_weight or self.hidden_weight):
+            raise ValueError(
+                "attention_weight and hidden_weight are both 0: there is nothing to learn from the teacher; raise one, or set "
+                "stages=['retrain']"
+            )
         _ = self.token_split
         super().__post_init__()

@@ -256,7 +256,7 @@ def test_split_rows_stay_within_the_model_s_positions(name, tmp_path, monkeypatc
         ({"attention_loss": "cosine"}, "attention_loss is 'cosine': use one of maps, nad"),
         ({"attention_backend": "flash"}, "attention_backend is 'flash': use one of lean, eager"),
         ({"hidden_weight": -1.0}, "hidden_weight is -1.0: choose 0"),
-        ({"hidden_weight": 0.0, "attention_weight": 0.0, "task_weight": 0.0}, "are all 0"),
+        ({"hidden_weight": 0.0, "attention_weight": 0.0}, "are both 0: there is nothing to learn from the teacher"),
         ({"split_rate": 2.0}, "split_rate is 2.0"),
     ],
 )
