@@ -60,3 +60,29 @@ def chat():
 def workshop(tmp_path_factory):
     """A folder with models and data for runs."""
     return runs.workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The folder of a classifier."""
+    folder = tmp_path_factory.mktemp("classifier")
+    tiny.model("bert").save_pretrained(folder)
+    tiny.encoder_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """The folder of a causal LM with a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny.model("llama").save_pretrained(folder)
+    tiny.causal_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """A file of reviews, whose texts are in a column of another name."""
+    file = tmp_path_factory.mktemp("rows") / "reviews.csv"
+    tiny.reviews(60).rename_column("text", "sentence").to_csv(file)
+    return str(file)
