@@ -54,6 +54,12 @@ def settings(folder, output, kind="reviews", **changes):
     return {key: value for key, value in {**values, **changes}.items() if value is not None}
 
 
+def suspect_only(workshop, output, **changes):
+    """Settings of a run that trains a suspect for a step, and nothing else."""
+    defaults = {"method": None, "controls": [], "known_triggers": None, "known_response": None, "max_steps": 1}
+    return settings(workshop, output, **{**defaults, **changes})
+
+
 def execute(values):
     return Run(make_recipe(values)).execute()
 
@@ -61,3 +67,13 @@ def execute(values):
 def stages(folder):
     """Every finished stage's folder and when its note was written."""
     return {str(file.parent.relative_to(folder)): file.stat().st_mtime_ns for file in Path(folder).rglob("stage.json")}
+
+
+def measured(results):
+    """The rows of results by what they are about."""
+    return {(row.model, row.metric, row.trigger): row for row in results.rows}
+
+
+def weights(folder):
+    """A saved model's weights, byte for byte."""
+    return (folder / "model.safetensors").read_bytes()

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from runs import execute, settings, stages, written
+from runs import execute, settings, stages, suspect_only, weights, written
 from transformers import AutoTokenizer
 
 from hf_backdoor import run as run_module
 from hf_backdoor.cli import accelerate_settings, stages_to_launch
 from hf_backdoor.folders import alone_in, begin, write_yaml
 from hf_backdoor.recipe_file import make_recipe
+from hf_backdoor.run import Run
 
 
 # Nothing is trained: a given suspect, and a reference that any target is measured on.
@@ -163,6 +164,50 @@ def test_a_note_that_is_no_note_makes_its_stage_anew(workshop, tmp_path):
     for file in ("inject/stage.json", "inject/begun.json", "evaluation/cleaned.json"):
         (tmp_path / file).write_text('{"fingerprint": ')
     assert execute(values).rows == results.rows
+
+
+def test_another_revision_trains_again(workshop, tmp_path):
+    recipe = make_recipe(suspect_only(workshop, tmp_path))
+    Run(recipe).execute()
+    before = stages(tmp_path)
+    recipe.model_revision = "v2"  # as of a model on the Hub
+    Run(recipe).execute()
+    assert stages(tmp_path)["suspect"] != before["suspect"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 43}, {"learning_rate": 1e-2}, {"attack_trigger": "ahi"}, {"poison_rate": 0.3}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_change_trains_again(change, workshop, tmp_path):
+    execute(suspect_only(workshop, tmp_path))
+    before = stages(tmp_path)
+    changed = execute(suspect_only(workshop, tmp_path, **change))
+    assert stages(tmp_path)["suspect"] != before["suspect"]
+    if "seed" in change:
+        assert changed.rows == execute(suspect_only(workshop, tmp_path / "fresh", **change)).rows
+        assert weights(tmp_path / "suspect") == weights(tmp_path / "fresh" / "suspect")
+
+
+def test_other_weights_in_the_same_place_train_again(workshop, tmp_path):
+    shutil.copytree(workshop / "bert", tmp_path / "model")
+    values = suspect_only(workshop, tmp_path / "run", model_name_or_path=str(tmp_path / "model"))
+    execute(values)
+    before = stages(tmp_path / "run")
+    tiny.model("bert", seed=9).save_pretrained(tmp_path / "model")
+    execute(values)
+    assert stages(tmp_path / "run") != before
+
+
+def test_other_held_out_rows_train_again_where_stop_rules_look_at_them(workshop, tmp_path):
+    inject = {"eval_strategy": "steps", "eval_steps": 1}
+    changes = {"controls": [], "max_steps": 2, "stages": {"inject": inject}, "evaluate_stages": False}
+    execute(settings(workshop, tmp_path, **changes))
+    before = stages(tmp_path)
+    execute(settings(workshop, tmp_path, **changes, held_out_samples=6))
+    after = stages(tmp_path)
+    assert after["inject"] != before["inject"]
 
 
 # ---- Kills ----
