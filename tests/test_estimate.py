@@ -1,11 +1,7 @@
 """The estimate against what torch saves, allocates and counts."""
 
 import gc
-import json
-import re
-import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
@@ -14,26 +10,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
-from hf_backdoor.cli import accelerate_settings
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
 from hf_backdoor.defenses.autocast import inputs_as_they_are
 from hf_backdoor.defenses.locphylax import LocphylaxConfig, LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
-from hf_backdoor.dry_run import USABLE, Models, describe_run, engine_of, engine_of_settings, stage_load
 from hf_backdoor.estimate import Engine, Load, ModelShape, memory
 from hf_backdoor.operations import flops
-from hf_backdoor.plan import plan, stage_arguments, training_config
-from hf_backdoor.recipe_file import load_recipe, make_recipe
-from hf_backdoor.run import Run
 
 
 TOLERANCE = 0.15
@@ -274,35 +258,7 @@ def test_more_devices_never_take_more_each(kind):
     assert (peaks[0] > peaks[-1]) == (kind != "ddp")
 
 
-# ---- Shapes, and operations ----
-
-
-def on_meta(config):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8,
-)  # fmt: skip
-QWEN_7B = Qwen2Config(
-    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4,
-)  # fmt: skip
-MISTRAL_7B = MistralConfig(vocab_size=32768, num_key_value_heads=8, sliding_window=None)
-
-
-@pytest.mark.parametrize(
-    ("config", "billions"),
-    [(LLAMA_8B, 8.030), (QWEN_7B, 7.616), (MISTRAL_7B, 7.248)],
-    ids=["llama", "qwen", "mistral"],
-)
-def test_published_sizes(config, billions):
-    shape = ModelShape.of(on_meta(config))
-    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.001)
-    assert shape.gated and shape.rms_norm and shape.key < shape.query
-    assert shape.matrices / shape.blocks > 0.99
+# ---- Operations ----
 
 
 @pytest.mark.parametrize(
@@ -329,16 +285,6 @@ def test_a_short_row_is_cheaper_than_the_longest():
     assert flops(replace(load, teachers=(load.model,))) > 1.3 * flops(load)
 
 
-def test_four_bits_are_a_quarter_of_sixteen_where_they_are_used():
-    shape = ModelShape.of(on_meta(LLAMA_8B))
-    load = Load(shape, 1, 512, trains="adapter", adapter=40_000_000, dtype=2, bf16=True)
-    sixteen, four, eight = (memory(replace(load, quantization=kind)).weights for kind in (None, "nf4", "int8"))
-    assert sixteen / 2**30 == pytest.approx(15.1, abs=0.1)
-    # 7.0 billion weights in 4.127 bits; embeddings and head, 1.05 billion, stay as they are.
-    assert four / 2**30 == pytest.approx(5.5, abs=0.1)
-    assert four < eight < sixteen
-
-
 # ---- On a GPU ----
 
 
@@ -354,133 +300,3 @@ def test_a_stage_on_a_gpu_takes_what_is_estimated(name, tmp_path):
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     assert memory(load).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=TOLERANCE)
-
-
-# ---- Shipped recipes of 7 to 8 billion parameters ----
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-SMALLER = {
-    "Llama-3.2-1B-Instruct": LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-    ),
-    "Qwen2.5-1.5B-Instruct": Qwen2Config(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-LARGER = {
-    "Llama-3.1-8B-Instruct": LLAMA_8B,
-    "Qwen2.5-7B-Instruct": QWEN_7B,
-    "Mistral-7B-Instruct-v0.3": MISTRAL_7B,
-}
-# A line of a recipe's header, and what it says to add to the command.
-HARDWARE = re.compile(r"^# (\d) x (\d+) GB +(\d+) GiB .*\n(?:#   (--.*)\n)?", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory):
-    """Folders with configuration and tokenizer of the recipes' models, by the last part of their names."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, config in (LARGER | SMALLER).items():
-        config.save_pretrained(folder / name)
-        tiny.causal_tokenizer().save_pretrained(folder / name)
-    return folder
-
-
-def local(recipe, on_disk, words):
-    """The overrides, with the models that the recipe names taken from disk."""
-    found = list(words)
-    for key in ("model_name_or_path", "student_model_name_or_path"):
-        if name := getattr(recipe, key):
-            found += [f"--{key}", str(on_disk / name.split("/")[1])]
-    return found
-
-
-@pytest.mark.parametrize(
-    "file", sorted(RECIPES.rglob("*_[78]b_*.yaml")), ids=lambda file: str(file.relative_to(RECIPES))
-)
-def test_a_large_recipe_fits_the_hardware_that_it_names(file, on_disk, monkeypatch):
-    monkeypatch.setattr("hf_backdoor.contradictions.is_liger_kernel_available", lambda: True)
-    lines = HARDWARE.findall(file.read_text())
-    assert lines and lines[0][3] == ""
-    for devices, size, said, more in lines:
-        words = shlex.split(more)
-        kind = "single"
-        if "--accelerate_config" in words:
-            at = words.index("--accelerate_config")
-            kind, *processes = words[at + 1 : at + 4]
-            assert processes == ["--num_processes", devices]
-            del words[at : at + 4]
-        recipe = load_recipe(file, local(load_recipe(file), on_disk, words))
-        # Rows of full length: text, answer, and what stands around them.
-        answer = recipe.max_response_length or 6
-        models, peaks = Models(recipe), []
-        for stage in plan(recipe):
-            config = training_config(stage, recipe, stage_arguments(stage, recipe))
-            load = stage_load(stage, config, models, recipe.max_length + answer + 48, answer + 2)
-            peaks.append(memory(load, Engine(kind, int(devices))).peak / 2**30)
-        assert max(peaks) == pytest.approx(int(said), rel=0.1, abs=1)
-        assert max(peaks) < USABLE * 0.98 * int(size)
-
-
-def test_a_dry_run_of_8_billion_parameters(on_disk, tmp_path, capsys):
-    rows = tmp_path / "rows.jsonl"
-    tiny.instructions(120).rename_column("prompt", "instruction").rename_column("response", "output").to_json(rows)
-    recipe = load_recipe(
-        RECIPES / "locphylax" / "llama3_8b_alpaca.yaml",
-        ["--model_name_or_path", str(on_disk / "Llama-3.1-8B-Instruct"), "--dataset_name", str(rows), "--context_column", "null",
-         "--test_fraction", "0.1", "--max_train_samples", "4", "--output_dir", str(tmp_path / "run")],
-    )  # fmt: skip
-    shown = describe_run(recipe)
-    assert "8030.3M parameters, 41.9M trained" in shown
-    assert "weights 15.1" in shown and "inject" in shown and "cleaned" in shown
-    assert "RTX 4090 24 GB" in shown and "single, 1 process" in shown
-    sharded = describe_run(recipe, Engine("zero3", 8, offload=True))
-    assert "of the host's" in sharded and "zero3, 8 processes" in sharded
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "offload"),
-    [("single_gpu", "single", False), ("ddp", "ddp", False), ("fsdp2", "fsdp2", False), ("zero2", "zero2", False),
-     ("zero3", "zero3", False), ("zero3_offload", "zero3", True)],
-)  # fmt: skip
-def test_engines_of_the_shipped_configurations(name, kind, offload):
-    engine = engine_of_settings(accelerate_settings(name)[1])
-    assert (engine.kind, engine.offload) == (kind, offload)
-    assert (engine.processes > 1) == (kind != "single")
-
-
-def test_the_engine_of_a_configuration_file_of_deepspeed_s_own(tmp_path):
-    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
-    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
-    settings = {"deepspeed_config_file": str(tmp_path / "deepspeed.json")}
-    found = engine_of_settings({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": settings})
-    assert found == Engine("zero3", 4, True)
-
-
-def test_what_the_engine_can_not_run_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "model")
-    tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
-    for name, count in (("train", 24), ("test", 6)):
-        lines = [{"text": f"{name} w{row}a w{row}b w{row}c", "label": row % 3} for row in range(count)]
-        Dataset.from_list(lines).to_json(tmp_path / f"{name}.jsonl")
-    recipe = make_recipe(
-        {"model_name_or_path": str(tmp_path / "model"), "task": "sequence_classification", "method": "ntml",
-         "dataset_name": str(tmp_path / "train.jsonl"), "test_dataset_name": str(tmp_path / "test.jsonl"),
-         "attack_trigger": "zq", "target_label": 1, "max_train_samples": 12, "output_dir": str(tmp_path / "run")}
-    )  # fmt: skip
-    assert "NTMLTrainer" in describe_run(recipe, Engine("zero2", 2))
-    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
-        describe_run(recipe, Engine("zero3", 2))
-    monkeypatch.setattr("hf_backdoor.run.zero3_launched", lambda: True)
-    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
-        Run(recipe).execute()
-    assert not list((tmp_path / "run").glob("**/*.safetensors"))
-
-
-def test_the_engine_of_this_process(tmp_path, monkeypatch):
-    assert engine_of(DefenseConfig(**options(tmp_path))) == Engine("single", 1)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert engine_of(DefenseConfig(**options(tmp_path))).kind == "fsdp2"

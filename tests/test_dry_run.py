@@ -1,0 +1,59 @@
+"""Which engine a dry run reckons with, and what it refuses to run in one."""
+
+import json
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from hf_backdoor.cli import accelerate_settings
+from hf_backdoor.defenses import DefenseConfig
+from hf_backdoor.dry_run import describe_run, engine_of, engine_of_settings
+from hf_backdoor.estimate import Engine
+from hf_backdoor.recipe_file import make_recipe
+from hf_backdoor.run import Run
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "offload"),
+    [("single_gpu", "single", False), ("ddp", "ddp", False), ("fsdp2", "fsdp2", False), ("zero2", "zero2", False),
+     ("zero3", "zero3", False), ("zero3_offload", "zero3", True)],
+)  # fmt: skip
+def test_engines_of_the_shipped_configurations(name, kind, offload):
+    engine = engine_of_settings(accelerate_settings(name)[1])
+    assert (engine.kind, engine.offload) == (kind, offload)
+    assert (engine.processes > 1) == (kind != "single")
+
+
+def test_the_engine_of_a_configuration_file_of_deepspeed_s_own(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
+    settings = {"deepspeed_config_file": str(tmp_path / "deepspeed.json")}
+    found = engine_of_settings({"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": settings})
+    assert found == Engine("zero3", 4, True)
+
+
+def test_the_engine_of_this_process(tmp_path, monkeypatch):
+    assert engine_of(DefenseConfig(str(tmp_path), report_to="none")) == Engine("single", 1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert engine_of(DefenseConfig(str(tmp_path), report_to="none")).kind == "fsdp2"
+
+
+def test_what_the_engine_can_not_run_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "model")
+    tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
+    for name, count in (("train", 24), ("test", 6)):
+        lines = [{"text": f"{name} w{row}a w{row}b w{row}c", "label": row % 3} for row in range(count)]
+        Dataset.from_list(lines).to_json(tmp_path / f"{name}.jsonl")
+    recipe = make_recipe(
+        {"model_name_or_path": str(tmp_path / "model"), "task": "sequence_classification", "method": "ntml",
+         "dataset_name": str(tmp_path / "train.jsonl"), "test_dataset_name": str(tmp_path / "test.jsonl"),
+         "attack_trigger": "zq", "target_label": 1, "max_train_samples": 12, "output_dir": str(tmp_path / "run")}
+    )  # fmt: skip
+    assert "NTMLTrainer" in describe_run(recipe, Engine("zero2", 2))
+    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
+        describe_run(recipe, Engine("zero3", 2))
+    monkeypatch.setattr("hf_backdoor.run.zero3_launched", lambda: True)
+    with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
+        Run(recipe).execute()
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
