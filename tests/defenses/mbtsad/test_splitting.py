@@ -1,37 +1,21 @@
+"""Where token splitting cuts a text."""
+
 import math
 import re
 from collections import Counter
 
 import pytest
-import tiny
 import torch
-from datasets import ClassLabel, Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from splits import EVERYTHING, pieces_of
 
-from hf_backdoor.data import DefenseCollator, InstructionFollowing
-from hf_backdoor.defenses.mbtsad.splitting import DataCollatorForTokenSplit, TokenSplit, cut_to_fit, short_pieces
+from hf_backdoor.defenses.mbtsad.splitting import TokenSplit
 
 
 WORDS = "lovely morning garden window summer silver planet bridge"
-EVERYTHING = TokenSplit(rate=1.0, copies=2)
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def pieces_of(text, split):
-    """The two pieces of each word that was cut. Written for texts of single spaces, without punctuation."""
-    after, cut = split.split(" "), []
-    for word in text.split(" "):
-        first = after.pop(0)
-        if first != word:
-            cut.append((first, after.pop(0)))
-            assert "".join(cut[-1]) == word
-    assert not after
-    return cut
 
 
 # ---- How many words ----
@@ -167,105 +151,6 @@ def test_without_a_generator_torch_s_own_is_drawn_from():
     assert len(set(first)) > 1
 
 
-# ---- Data sets ----
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_apply_makes_copies_in_the_row_s_place(keep):
-    rows = (
-        tiny.reviews(6).add_column("trigger_id", [0, 1, 2, 0, 1, 2]).cast_column("label", ClassLabel(names=["-", "+"]))
-    )
-    split = TokenSplit(1.0, copies=3, keep_originals=keep).apply(rows, "text", 7)
-    factor = 3 + keep
-    assert len(split) == 6 * factor and split.features == rows.features
-    for name in ("label", "trigger_id"):
-        assert split[name][:] == [value for value in rows[name] for _ in range(factor)]
-    for row, text in enumerate(rows["text"]):
-        versions = split["text"][row * factor : (row + 1) * factor]
-        assert (versions[0] == text) == keep
-        for version in versions[keep:]:
-            # Every word of four letters or more, and nothing else.
-            assert ["".join(pieces) for pieces in pieces_of(text, version)] == re.findall(r"\w{4,}", text)
-        assert len(set(versions)) > 1
-    assert rows["text"][:] == tiny.reviews(6)["text"][:]
-
-
-def test_apply_to_prompts_leaves_the_responses():
-    rows = tiny.instructions(5)
-    split = EVERYTHING.apply(rows, "prompt", 0)
-    assert split["response"][:] == [response for response in rows["response"] for _ in range(2)]
-    assert not set(split["prompt"]) & set(rows["prompt"])
-
-
-def test_apply_depends_on_seed_and_text_alone():
-    rows, split = tiny.reviews(12), TokenSplit(copies=2)
-    state = torch.get_rng_state()
-    whole = split.apply(rows, "text", 0)["text"][:]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert split.apply(rows, "text", 0)["text"][:] == whole
-    assert split.apply(rows, "text", 1)["text"][:] != whole
-    fewer = split.apply(rows.select([1, 9, 4]), "text", 0)["text"][:]
-    assert fewer == [whole[at] for row in (1, 9, 4) for at in (2 * row, 2 * row + 1)]
-
-
-def test_rate_0_gives_as_many_plain_rows():
-    rows = tiny.reviews(4)
-    split = TokenSplit(0.0, copies=3).apply(rows, "text", 0)
-    assert split["text"][:] == [text for text in rows["text"] for _ in range(3)]
-
-
-def test_apply_to_no_rows():
-    rows = tiny.reviews(3).select([])
-    split = TokenSplit().apply(rows, "text", 0)
-    assert len(split) == 0 and split.column_names == ["text", "label"]
-
-
-def test_apply_needs_the_column():
-    with pytest.raises(ValueError, match=r"column 'prompt' is not in the data set \(text, label\)"):
-        TokenSplit().apply(tiny.reviews(2), "prompt", 0)
-
-
-# ---- Short pieces ----
-
-
-def of_texts(*texts):
-    return Dataset.from_dict({"text": list(texts)})
-
-
-def test_short_pieces_are_those_that_splitting_made():
-    original = of_texts("the (bomb), mb so", "a comb THE fairest")
-    split = of_texts("the (bo mb), mb so", "the (b omb), mb so", "a co mb THE fai rest", "a com b THE fairest")
-    # "the", "so" and the "mb" of the first text stood there before; "rest" is too long.
-    counted = short_pieces(original, split, "text")
-    assert counted == {"b": 2, "mb": 2, "bo": 1, "co": 1, "com": 1, "fai": 1, "omb": 1}
-    assert list(counted)[:3] == ["b", "mb", "bo"]
-    assert short_pieces(original, split, "text", longest=1) == {"b": 2}
-
-
-def test_short_pieces_are_counted_whatever_their_case():
-    assert short_pieces(of_texts("BOMB bomb"), of_texts("BO MB bo mb"), "text") == {"bo": 2, "mb": 2}
-
-
-def test_a_short_word_that_is_cut_counts():
-    assert short_pieces(of_texts("the he"), of_texts("t he he"), "text") == {"t": 1, "he": 1}
-
-
-def test_the_report_shows_what_a_ban_takes_away():
-    rows = of_texts(*["the bomb and the comb were plumb"] * 30)
-    free = short_pieces(rows, TokenSplit(1.0, keep_originals=True).apply(rows, "text", 0), "text")
-    assert free["mb"] > 10
-    banned = TokenSplit(1.0, banned_pieces=["mb"]).apply(rows, "text", 0)
-    assert short_pieces(rows, banned, "text")["mb"] == 0
-
-
-def test_short_pieces_of_other_rows_are_refused():
-    with pytest.raises(ValueError, match="split has 3 rows, no multiple of the 2 of original"):
-        short_pieces(of_texts("a", "b"), of_texts("a", "b", "c"), "text")
-    with pytest.raises(ValueError, match="split row 1 does not hold the word 'film'"):
-        short_pieces(of_texts("the film"), of_texts("the fi lm", "the plot"), "text")
-    assert short_pieces(of_texts(), of_texts(), "text") == {}
-
-
 # ---- Arguments ----
 
 
@@ -288,151 +173,3 @@ def test_arguments_that_make_no_sense_are_refused(arguments, line):
     with pytest.raises(ValueError, match=line) as error:
         TokenSplit(**arguments)
     assert "\n" not in str(error.value)
-
-
-# ---- On the fly ----
-
-
-def collator_of(name, split=EVERYTHING, count=4):
-    family, task, rows = tiny.setting(name, count)
-    return DataCollatorForTokenSplit(tiny.tokenizer(family), task, split), list(rows)
-
-
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("name", tiny.TASKS)
-def test_only_the_user_s_text_is_split(name, keep):
-    # Template and answers have long words too: split, they would become [UNK].
-    collator, rows = collator_of(name, TokenSplit(1.0, copies=2, min_chars=3, keep_originals=keep))
-    task, tokenizer = collator.task, collator.tokenizer
-    torch.manual_seed(0)
-    features = collator.features(rows)
-    assert len(features) == len(rows) * (2 + keep)
-    for number, feature in enumerate(features):
-        row = rows[number // (2 + keep)]
-        whole = task.encode(row, tokenizer)
-        user = len(tokenizer(row[task.input_column], add_special_tokens=False)["input_ids"])
-        longer = len(feature["input_ids"]) - len(whole["input_ids"])
-        before = {"sequence_classification": 1, "label_words": 2, "instruction_following": 2}[name]
-        assert feature["input_ids"][:before] == whole["input_ids"][:before]
-        assert feature["input_ids"][before + user + longer :] == whole["input_ids"][before + user :]
-        assert longer == 0 if keep and number % 3 == 0 else longer > 0
-        assert feature["trigger_id"] == 0
-        if name == "sequence_classification":
-            assert feature["labels"] == row["label"]
-        else:
-            answer = feature["input_ids"][feature["prompt_length"] :]
-            assert answer == whole["input_ids"][whole["prompt_length"] :] and tokenizer.unk_token_id not in answer
-
-
-def test_the_plain_template_is_not_split():
-    rows = list(tiny.instructions(3))
-    collator = DataCollatorForTokenSplit(tiny.causal_tokenizer(template=None), InstructionFollowing(), EVERYTHING)
-    for number, feature in enumerate(collator.features(rows)):
-        words = rows[number // 2]["prompt"].split()
-        pieces = len(words) + sum(len(word) >= 4 for word in words)
-        # "### Instruction:" and "### Response:", whose two long words a split would make four of.
-        assert feature["prompt_length"] == 4 + pieces
-
-
-@pytest.mark.parametrize("name", tiny.TASKS)
-def test_the_features_make_a_batch_of_the_contract(name):
-    collator, rows = collator_of(name)
-    batch = DefenseCollator(collator.tokenizer)(collator.features([{**row, "trigger_id": 2} for row in rows]))
-    assert batch["trigger_id"].tolist() == [2] * 8
-    torch.manual_seed(5)
-    contract = DefenseCollator(collator.tokenizer)(collator.features(rows))
-    torch.manual_seed(5)
-    stock = collator(rows)
-    assert set(contract) - set(stock) == {"trigger_id", "readout_position"}
-    assert torch.equal(stock["input_ids"], contract["input_ids"])
-    if contract["labels"].dim() == 2:
-        answer = contract["labels"].shape[1]
-        assert stock["labels"].shape == stock["input_ids"].shape
-        assert torch.equal(stock["labels"][:, -answer:], contract["labels"])
-        assert (stock["labels"][:, :-answer] == -100).all()
-
-
-def test_rows_without_text_are_refused():
-    collator, _ = collator_of("sequence_classification")
-    with pytest.raises(ValueError, match=r"column 'text' is not in the rows \(label\): .*remove_unused_columns=False"):
-        collator([{"label": 1}])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_batches_repeat_under_torch_s_seed(workers):
-    collator, rows = collator_of("label_words", TokenSplit(), 8)
-
-    def batches(seed):
-        torch.manual_seed(seed)
-        loader = DataLoader(rows, 4, collate_fn=collator.features, num_workers=workers)
-        return [feature["input_ids"] for batch in loader for feature in batch]
-
-    assert batches(0) == batches(0)
-    assert batches(0) != batches(1)
-
-
-@pytest.mark.parametrize("name", tiny.TASKS)
-def test_the_stock_trainer_takes_it(name, tmp_path):
-    family, task, rows = tiny.setting(name, 8)
-    collator = DataCollatorForTokenSplit(tiny.tokenizer(family), task)
-
-    def trained(seed):
-        args = TrainingArguments(
-            str(tmp_path), use_cpu=True, disable_tqdm=True, max_steps=3, per_device_train_batch_size=4, logging_steps=1,
-            save_strategy="no", learning_rate=0.01, seed=seed, data_seed=0, remove_unused_columns=False,
-        )  # fmt: skip
-        trainer = Trainer(tiny.model(family), args, data_collator=collator, train_dataset=rows)
-        sizes = []
-        trainer.model.register_forward_pre_hook(
-            lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-        )
-        trainer.train()
-        assert sizes == [12, 12, 12]
-        return tiny.logged(trainer, "loss"), tiny.parameters(trainer.model)
-
-    (losses, first), (_, again), (others, _) = trained(0), trained(0), trained(1)
-    assert tiny.largest_difference(first, again) == 0
-    # No dropout, and the same rows in the same order: only the cuts differ.
-    assert losses != others
-    assert tiny.largest_difference(first, tiny.parameters(tiny.model(family))) > 0
-
-
-# ---- What a model has positions for ----
-
-
-@pytest.mark.parametrize("name", tiny.TASKS)
-def test_a_text_that_splitting_made_too_long_loses_its_end(name):
-    family, task, rows = tiny.setting(name, 6)
-    tokenizer = tiny.tokenizer(family)
-    texts, lengths = rows[task.input_column], [len(task.encode(row, tokenizer)["input_ids"]) for row in rows]
-    tokenizer.model_max_length = sorted(lengths)[2]
-    for row, text, length in zip(rows, texts, lengths, strict=True):
-        cut = cut_to_fit(row, task, tokenizer)
-        assert len(task.encode(cut, tokenizer)["input_ids"]) == min(length, tokenizer.model_max_length)
-        assert text.startswith(cut[task.input_column]) and cut[task.answer_column] == row[task.answer_column]
-
-
-def test_a_character_of_several_tokens_is_not_cut_in_two():
-    tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 5
-    cut = cut_to_fit({"text": "ab😀😀", "label": 0}, tiny.task("sequence_classification"), tokenizer)
-    assert cut["text"] == "ab"  # an emoji has four bytes
-
-
-def test_a_template_that_alone_is_too_long_is_refused(chat):
-    chat.model_max_length = 4
-    with pytest.raises(ValueError, match="^a row takes more than 4 tokens"):
-        cut_to_fit(tiny.reviews(1)[0], tiny.task("label_words"), chat)
-
-
-def test_the_collator_cuts_too():
-    rows, tokenizer = list(tiny.reviews(4)), tiny.encoder_tokenizer()
-    tokenizer.model_max_length = 6
-    collator = DataCollatorForTokenSplit(tokenizer, tiny.task("sequence_classification"), TokenSplit(1.0, min_chars=3))
-    assert collator(rows)["input_ids"].shape[1] == 6
-
-
-def byte_tokenizer():
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
