@@ -1,22 +1,9 @@
+"""The losses on attention maps of recorded layers, block by block: equal to those of maps that are built, which never are."""
+
 import pytest
 import torch
+from maps import LENGTH, LOSSES, assert_equal, batch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from hf_backdoor.defenses.mbtsad.attention import (
     _block_difference,
@@ -24,105 +11,10 @@ from hf_backdoor.defenses.mbtsad.attention import (
     _map_norms,
     _part,
     attention_map_loss,
-    nad_map_loss,
 )
 from hf_backdoor.defenses.mbtsad.blocks import BlockPlan
-from hf_backdoor.defenses.mbtsad.losses import eager_attention_map_loss, eager_nad_map_loss, valid_entries
-from hf_backdoor.defenses.mbtsad.recording import RecordedAttention, record_attention
-
-
-LENGTH = 13
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-WINDOWED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES = {
-    "bert": lambda: BertForSequenceClassification(
-        BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    ),
-    "modernbert": lambda: ModernBertForSequenceClassification(
-        ModernBertConfig(**SIZES | {"num_hidden_layers": 3}, pad_token_id=0, local_attention=8)
-    ),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    ),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=16)),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**GROUPED, head_dim=16, query_pre_attn_scalar=16, pad_token_id=0, **WINDOWED)
-    ),
-}
-LOSSES = {
-    attention_map_loss: eager_attention_map_loss,
-    nad_map_loss: eager_nad_map_loss,
-}
-
-
-def model(family, seed=0, implementation="sdpa"):
-    """A tiny model with attention far from uniform."""
-    torch.manual_seed(seed)
-    made = FAMILIES[family]()
-    for name, weight in made.named_parameters():
-        if weight.dim() == 2 and "embed" not in name:
-            weight.data *= 4
-    made.set_attn_implementation(implementation)
-    return made.train()
-
-
-def batch(padding, length=LENGTH):
-    torch.manual_seed(7)
-    ids, mask = torch.randint(1, 40, (3, length)), torch.ones(3, length, dtype=torch.long)
-    if padding == "left":
-        mask[0, :5] = mask[1, :2] = 0
-    elif padding == "right":
-        mask[0, -5:] = mask[1, -2:] = 0
-    elif padding == "holes":
-        mask[0, 4:6] = mask[2, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def lean(student, teacher, inputs, loss=attention_map_loss, layers=None, **options):
-    with torch.no_grad(), record_attention(teacher, layers) as theirs:
-        teacher(**inputs)
-    with record_attention(student, layers, compare_mask=inputs["attention_mask"]) as mine:
-        student(**inputs)
-    return loss(mine, theirs, inputs["attention_mask"], **options)
-
-
-def eager(student, teacher, inputs, loss=attention_map_loss):
-    with record_attention(student) as record:
-        student(**inputs)
-    valid = [valid_entries(inputs["attention_mask"], layer.causal, layer.sliding_window) for layer in record]
-    student.set_attn_implementation("eager")
-    teacher.set_attn_implementation("eager")
-    with torch.no_grad():
-        theirs = teacher(**inputs, output_attentions=True).attentions
-    mine = student(**inputs, output_attentions=True).attentions
-    assert len(mine) == len(valid)
-    return torch.stack([LOSSES[loss](*each) for each in zip(mine, theirs, valid, strict=True)]).mean(dim=0)
-
-
-def gradients(losses, module):
-    weights = torch.arange(1.0, len(losses) + 1)
-    (losses * weights).sum().backward()
-    return {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
-
-
-def assert_equal(found, expected, tolerance=1e-5):
-    """Same parameters have gradients, each within `tolerance` of the largest of the whole model's."""
-    assert found.keys() >= expected.keys()
-    largest = max(grad.abs().max() for grad in expected.values())
-    assert largest > 0
-    for name, grad in found.items():
-        wanted = expected.get(name, torch.zeros_like(grad))
-        scale = max(wanted.abs().max().item(), 1e-3 * largest.item())
-        assert (grad - wanted).abs().max() <= tolerance * scale, name
+from hf_backdoor.defenses.mbtsad.losses import valid_entries
+from hf_backdoor.defenses.mbtsad.recording import RecordedAttention
 
 
 def records(batch=2, heads=4, key_heads=2, length=LENGTH, width=8, seed=0, dtype=torch.float32, **options):
@@ -154,19 +46,6 @@ def layer_gradients(losses, layer, scale=1.0):
 
 
 # ---- Equal to materialised maps ----
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_gets_the_loss_and_gradients_of_its_maps(family, padding, loss):
-    inputs, teacher, models = batch(padding), model(family, seed=1), [model(family) for _ in range(2)]
-    found, expected = (
-        lean(models[0], teacher, inputs, loss, block_entries=400),
-        eager(models[1], teacher, inputs, loss),
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    assert_equal(gradients(found, models[0]), gradients(expected, models[1]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -233,17 +112,6 @@ def test_bfloat16_stays_within_its_rounding(loss):
     assert_equal(layer_gradients(found, student), wanted, tolerance=2e-2)
 
 
-def test_autocast_rounds_queries_and_keys_but_not_their_maps():
-    inputs, teacher = batch("left"), model("qwen3", seed=1)
-    expected = lean(student := model("qwen3"), teacher, inputs)
-    wanted = gradients(expected, student)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = lean(student := model("qwen3"), teacher, inputs)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
-    assert_equal(gradients(found, student), wanted, tolerance=0.2)
-
-
 def test_a_small_gradient_survives_float16():
     mask, length = torch.ones(1, 96), 96
     half = [records(batch=1, length=length, seed=seed, dtype=torch.float16) for seed in (0, 1)]
@@ -303,7 +171,7 @@ def test_gradients_are_used_up_by_one_backward_pass(loss):
         again.backward()
 
 
-# ---- Models in training ----
+# ---- Blocks ----
 
 
 class Sizes(TorchDispatchMode):
@@ -336,31 +204,6 @@ def test_maps_are_never_built(loss):
     # Queries are 2 * 4 * 256 * 8 = 16,384 entries, maps 2 * 4 * 256 * 256 = 524,288.
     assert sizes.largest <= max(student.query.numel(), 2 * entries)
     assert sum(kept) <= student.query.numel() + student.key.numel() + 8
-
-
-def test_activation_checkpointing_gives_the_same_gradients():
-    inputs, teacher, found = batch("left"), model("llama", seed=1), {}
-    for checkpointing in (False, True):
-        student = model("llama")
-        if checkpointing:
-            student.activation_checkpointing_enable({"use_reentrant": False})
-        runs = []
-        student.model.layers[0].self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
-        losses = lean(student, teacher, inputs)
-        found[checkpointing] = gradients(losses, student)
-        # Without the second run there would be nothing to test.
-        assert len(runs) == 1 + checkpointing
-    assert_equal(found[True], found[False], tolerance=1e-6)
-
-
-def test_maps_are_compared_before_dropout():
-    inputs, teacher = batch("right"), model("llama", seed=1)
-    expected = lean(student := model("llama"), teacher, inputs, layers=[0])
-    for layer in student.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    torch.testing.assert_close(lean(student, teacher, inputs, layers=[0]), expected)
-    # The second layer works on what dropout has left of the first one's output.
-    assert not torch.allclose(lean(student, teacher, inputs, layers=[1]), lean(student, teacher, inputs, layers=[1]))
 
 
 @pytest.mark.parametrize(("nad", "padding", "entries"), [(False, "none", 400), (True, "left", 2100)])
