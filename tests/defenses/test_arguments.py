@@ -14,6 +14,7 @@ from transformers import (
     DataCollatorWithPadding,
     T5Config,
     T5ForSequenceClassification,
+    TrainingArguments,
 )
 
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
@@ -146,6 +147,33 @@ def test_labels_may_be_any_kind_of_number(kind, tmp_path):
     script(tmp_path, other).train()
 
 
+def make(folder, family="llama", rows=None, **options):
+    args = DefenseConfig(str(folder), use_cpu=True, report_to="none", **options)
+    tokenizer = tiny.tokenizer(family)
+    return DefenseTrainer(model=tiny.model(family), args=args, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_the_task_is_found(tmp_path):
+    assert make(tmp_path, "bert", tiny.reviews(2)).task == tiny.task("sequence_classification")
+    assert make(tmp_path, "llama", tiny.instructions(2)).task == tiny.task("instruction_following")
+    words = {"label_words": list(tiny.LABEL_WORDS), "prompt_template": tiny.TEMPLATE}
+    assert make(tmp_path, "llama", tiny.reviews(2), **words).task == tiny.task("label_words")
+
+
+def test_rows_that_fit_no_task_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_words is not set"):
+        make(tmp_path, "llama", tiny.reviews(2))
+    with pytest.raises(ValueError, match="the data set has columns"):
+        make(tmp_path, "bert", Dataset.from_dict({"sentence": ["a"]}))
+
+
+def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="share a first token"):
+        make(
+            tmp_path, "llama", tiny.reviews(2), label_words=["answer yes", "answer no"], prompt_template=tiny.TEMPLATE
+        )
+
+
 # ---- An optimizer of the user's own ----
 
 
@@ -180,3 +208,29 @@ def made_with(kind, folder):
 def test_an_optimizer_that_would_train_something_else_is_refused(kind, tmp_path):
     with pytest.raises(ValueError, match="^optimizers has one for .*: pass optimizer_cls_and_kwargs"):
         made_with(kind, tmp_path).train()
+
+
+# ---- What else there is ----
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path):
+    args = DefenseConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="processing_class is None: pass the model's tokenizer"):
+        DefenseTrainer(model=tiny.model("bert"), args=args, train_dataset=tiny.reviews(2))
+
+
+def test_what_would_not_be_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^label_smoothing_factor is 0.1, and .*: leave it at 0$"):
+        DefenseConfig(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    given = {"args": DefenseConfig(str(tmp_path), use_cpu=True), "processing_class": tiny.tokenizer("bert")}
+    with pytest.raises(
+        ValueError, match="^model_init is given, and DefenseTrainer would not read it: pass the model "
+    ):
+        DefenseTrainer(model_init=lambda: tiny.model("bert"), train_dataset=tiny.reviews(2), **given)
+    with pytest.raises(ValueError, match="^compute_loss_func is given, .*: override loss_terms"):
+        DefenseTrainer(model=tiny.model("bert"), compute_loss_func=lambda *_: 0, **given)
+
+
+def test_arguments_of_the_stock_trainer_are_told_what_to_be(tmp_path):
+    with pytest.raises(ValueError, match="args is a TrainingArguments: pass a DefenseConfig"):
+        DefenseTrainer(tiny.model("bert"), TrainingArguments(str(tmp_path)), processing_class=tiny.encoder_tokenizer())

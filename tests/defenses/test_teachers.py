@@ -4,6 +4,7 @@ import pytest
 import robust
 import tiny
 import topics
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_backdoor.defenses import METHODS, DefenseTrainer
@@ -80,6 +81,31 @@ def test_a_teacher_beside_the_adapter_that_teaches_is_refused(tmp_path):
 def test_no_stage_or_control_is_given_a_teacher_that_it_would_not_ask(method):
     steps = [*method.stages.values(), *(step for control in method.controls.values() for step in control.values())]
     assert all(step.trainer.takes_teacher for step in steps if "teacher_model" in step.inputs)
+
+
+def test_a_teacher_runs_in_the_precision_that_the_student_is_trained_in(tmp_path):
+    trainer = tiny.trainer("sequence_classification", "distil", tmp_path, bf16=True, max_steps=1)
+    seen = []
+    layer = trainer.teacher.get_submodule("bert.encoder.layer.0.intermediate.dense")
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_a_teacher_from_a_folder_teaches_the_same_in_less_memory(tmp_path, precision):
+    teacher = tiny.model("llama", 7)
+    teacher.save_pretrained(tmp_path / "teacher")
+    trained = {}
+    for given in (teacher, str(tmp_path / "teacher")):
+        trainer = tiny.trainer(
+            "label_words", "distil", tmp_path / "run", teacher_model=given, max_steps=2, **precision
+        )
+        trainer.train()
+        trained[type(given)] = tiny.parameters(trainer.model), next(trainer.teacher.model.layers.parameters()).dtype
+    (by_model, own), (by_folder, read) = trained.values()
+    assert tiny.largest_difference(by_model, by_folder) == 0
+    assert own == torch.float32 and read == (torch.bfloat16 if precision else torch.float32)
 
 
 # ---- Alike ----

@@ -1,15 +1,18 @@
 """How rows come to a trainer: as a stream, in order of length, padded to round lengths, prepared by several processes."""
 
+import copy
+
 import pytest
 import tiny
+import torch
 from datasets import Dataset
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from hf_backdoor.attacks import EmbeddingPoisoningTrainer
 from hf_backdoor.data import load_rows, take_rows
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.defenses.locphylax import LocphylaxTrainer
-from hf_backdoor.defenses.mbtsad import MBTSADTrainer
+from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLTrainer, RelabellingTrainer
 from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 
@@ -203,6 +206,31 @@ def test_padding_to_a_round_length_changes_no_loss(name, method, tmp_path):
     assert found[16] == pytest.approx(found[None], rel=1e-4)
 
 
+@pytest.mark.parametrize("named", [None, 0])
+def test_a_decoder_s_head_is_told_what_rows_are_padded_with(named, tmp_path):
+    config, tokenizer = tiny.model("llama").config, tiny.causal_tokenizer()
+    config.num_labels, config.pad_token_id, tokenizer.pad_token = 2, named, None
+
+    def decoder(seed):
+        torch.manual_seed(seed)
+        return LlamaForSequenceClassification(copy.deepcopy(config))
+
+    logits = []
+    for size in (1, 8):  # a row by itself has no padding
+        args = MBTSADConfig(
+            str(tmp_path), use_cpu=True, report_to="none", stages=["distil"], per_device_train_batch_size=size
+        )
+        trainer = MBTSADTrainer(
+            decoder(0), args, train_dataset=tiny.reviews(8), processing_class=tokenizer, teacher_model=decoder(1)
+        )
+        rows = [trainer.train_dataset[row] for row in range(8)]
+        parts = [trainer.data_collator(rows[start : start + size]) for start in range(0, 8, size)]
+        for model in (trainer.model, trainer.teacher):
+            with torch.no_grad():
+                logits.append(torch.cat([trainer.forward(model, part).logits for part in parts]))
+    torch.testing.assert_close(logits[:2], logits[2:])
+
+
 # ---- Rows prepared once ----
 
 
@@ -224,3 +252,14 @@ def test_a_dictionary_of_raw_sets_can_be_evaluated_on(tmp_path):
     assert {name: metrics[f"eval_{name}_loss"] for name in sets} == {
         name: trainer.evaluate(rows)["eval_loss"] for name, rows in sets.items()
     }
+
+
+def test_raw_and_tokenized_rows_train_alike(tmp_path):
+    family, task, rows = tiny.setting("label_words", 16)
+    raw = tiny.trainer("label_words", "plain", tmp_path, max_steps=2)
+    ready = tiny.trainer(
+        "label_words", "plain", tmp_path, max_steps=2, train_dataset=task.encode_rows(rows, tiny.tokenizer(family))
+    )
+    raw.train()
+    ready.train()
+    assert tiny.largest_difference(tiny.parameters(raw.model), tiny.parameters(ready.model)) == 0
