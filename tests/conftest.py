@@ -35,13 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="let tests see the machine's GPU, and run those that need one")
 
 
-def pytest_collection_finish() -> None:
-    """Each `train()` collects garbage, and would go through all that was imported: half of a small test's time."""
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """Each `train()` collects garbage, and would go through all that was ever imported: half of a small test's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The engines that share a model out over processes, on two CPU processes."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ def in_engine(engine: str, work: Callable[[], Any], folder: Path, environment: d
             _allow_fsdp_on_cpus()
         if engine.startswith("zero"):
             _start_deepspeed()
+        gc.freeze()  # with what was imported just now: see conftest.py
         return work()
 
     return tiny.in_two_processes(child, folder)

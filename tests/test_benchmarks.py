@@ -1,7 +1,6 @@
 """The benchmarks run, and their published tables are what their result files say."""
 
 import contextlib
-import gc
 import importlib
 import json
 import subprocess
@@ -35,7 +34,6 @@ def smoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
     yield run
-    gc.unfreeze()
     enable_progress_bars()
 
 
