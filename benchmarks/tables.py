@@ -101,6 +101,7 @@ def overview() -> str:
             where = ", ".join(NAMES[name] for name in (model[1:], data, *(part.strip("_") for part in rest if part)))
             shown = ", ".join(
                 name
+                + (f"×{len(runs)}" if len(runs) > 1 else "")
                 + ("\\*" if is_older(method, recipe, runs) else "")
                 + ("†" if missing_controls(method, recipe, runs) else "")
                 for name, runs in triggers.items()

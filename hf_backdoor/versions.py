@@ -7,15 +7,18 @@ from pathlib import Path
 
 
 def commit() -> str | None:
-    """The commit of the repository that this package lies in, `+changed` where its files are others than the commit's."""
-    repository = Path(__file__).parent.parent
-    if not (repository / ".git").exists():  # installed, perhaps below a repository of somebody else's
+    """The commit of the repository that this package lies in, `+changed` where the package's files are others than the commit's."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():  # installed, perhaps below a repository of somebody else's
         return None
-    describe = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--dirty=+changed"]
+
+    def git(*command: str) -> str:
+        command = ("git", "--no-optional-locks", *command)
+        return subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        return (
-            subprocess.run(describe, cwd=repository, capture_output=True, text=True, timeout=10).stdout.strip() or None
-        )
+        short = git("rev-parse", "--verify", "--quiet", "--short", "HEAD")  # nothing where there is no commit yet
+        return (short + "+changed" * bool(git("status", "--porcelain", "--", "."))) if short else None
     except (OSError, subprocess.TimeoutExpired):
         return None
 

@@ -26,6 +26,7 @@ def git(folder, *arguments):
 def repository(tmp_path):
     (tmp_path / "hf_backdoor").mkdir()
     shutil.copy(module.__file__, tmp_path / "hf_backdoor")
+    (tmp_path / "table.md").write_text("one\n")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "one")
@@ -35,6 +36,7 @@ def repository(tmp_path):
 
 def test_a_checkout_names_its_commit_and_whether_it_was_changed(repository):
     short = git(repository, "rev-parse", "--short", "HEAD").strip()
+    (repository / "table.md").unlink()  # results and pages make no other code
     assert read_in(repository).versions()["hf-backdoor commit"] == short
     with (repository / "hf_backdoor" / "versions.py").open("a") as file:
         file.write("# changed\n")
