@@ -187,6 +187,12 @@ def _refuse_unread(recipe: Recipe) -> None:
             "set eval_strategy: steps, or leave it out",
         ),
         (
+            any(values.get("relabel_below") for values in _given(recipe).values()),
+            ("look_alikes",),
+            "relabel_below is 0, which leaves out the trainings that would ask for them",
+            "set relabel_below, for example 0.2, or leave it out",
+        ),
+        (
             not recipe.test_fraction or recipe.rewritten_dataset_name,
             OF_TEST_ROWS,
             "test_fraction cuts test rows out of the training rows",

@@ -28,10 +28,11 @@ def mutual(target: str = "early_target") -> Step:
     return Step(NTMLTrainer, inputs={"target_model": target})
 
 
-def relabel(teacher: str | None) -> Step:
+def relabel(teacher: str | None, **overrides: Any) -> Step:
     teachers = {} if teacher is None else {"teacher_model": teacher}
     return Step(
         RelabellingTrainer,
+        overrides,
         starts_from="base",
         inputs={"poisoned_model": "early_target", **teachers},
         rows="suspect",
@@ -53,6 +54,10 @@ METHOD = Method(
             "non_target": non_target(soft_labels="all_classes"),
             "mutual": mutual(),
             **CORRECTED,
+        },
+        "without_look_alikes": {
+            "relabel": relabel("mutual", look_alikes=False),
+            "relabel_again": relabel("relabel", look_alikes=False),
         },
         "states_alone": {"relabel_again": relabel(None)},
         "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": mutual("suspect"), **CORRECTED},

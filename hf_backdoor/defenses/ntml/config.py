@@ -62,6 +62,9 @@ class NTMLConfig(DefenseConfig):
             label. Away from the group that stands apart it is changed below this probability; see [`RelabellingTrainer`]. A second
             network is trained likewise, by what the first one says. 0 leaves both stages out: the product is the result then, as in
             the paper.
+        look_alikes (`bool`, *optional*, defaults to `False`):
+            Whether rows of that class which look like those that stand apart count as such: a row that carries the trigger and is
+            labelled rightly does not stand apart, and teaches the trigger all the same. For texts.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})
@@ -88,6 +91,10 @@ class NTMLConfig(DefenseConfig):
         metadata={
             "help": "Probability below which a suspect row's given label is changed for two last trainings; 0: none."
         },
+    )
+    look_alikes: bool = field(
+        default=False,
+        metadata={"help": "Whether rows that look like those which stand apart count as such in the last trainings."},
     )
 
     def __post_init__(self) -> None:

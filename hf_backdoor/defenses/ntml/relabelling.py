@@ -6,6 +6,7 @@ says so in turn: a second fresh network learns from the rows as the first one se
 the network tell that the poison was learnt by ([`split_class`]).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ...data import Processor
 from ...data.mapping import encoded
 from ..arguments import check_other
 from .classes import ClassTrainer, feature_states
+from .likeness import look_alikes, looks
 from .states import SplitClass, split_class
 
 
@@ -38,8 +40,8 @@ class RelabellingTrainer(ClassTrainer):
     groups there; clean rows avoid one of them, which stands apart. In that class alone labels change, as [`corrected_labels`] says:
     where the teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left
     out too. Where no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are
-    left out, and no more. Both networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`]
-    is what tells it.
+    left out, and no more. With `look_alikes`, rows that look like those apart count as such ([`~likeness.look_alikes`]). Both networks
+    run once, before the first step. [`changes`] lists what became of the rows, and [`split`] is what tells it.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
@@ -96,26 +98,34 @@ class RelabellingTrainer(ClassTrainer):
         """The list of changes."""
         return {} if self.changes is None else {"relabelled": self.changes}
 
-    def _read(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
-        """Given labels [N], their probability by a network [N], and its last hidden states [N, D]."""
+    def _read(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Given labels [N], their probability by a network [N], its last hidden states [N, D], and how rows look [N, D']."""
+        width = 0
 
         def work(batch: dict[str, Tensor]) -> Tensor:
-            outputs = self.forward(network, batch, hidden_states=[-1])
+            nonlocal width
+            every = {"output_hidden_states": True} if self.args.look_alikes else {"hidden_states": [-1]}
+            outputs = self.forward(network, batch, **every)
             states, given = feature_states(outputs, [-1], batch)[0], self.given_labels(batch)[:, None]
             likely = self.class_logits(outputs.logits, batch).softmax(dim=1).gather(1, given)
-            return torch.cat([given.float(), likely, states.float()], dim=1)
+            width = states.shape[1]
+            seen = [looks(outputs.hidden_states, batch)] if self.args.look_alikes else []
+            return torch.cat([given.float(), likely, states.float(), *seen], dim=1)
 
         found = self.over_rows(dataset, work)
-        return found[:, 0].long(), found[:, 1], found[:, 2:]
+        return found[:, 0].long(), found[:, 1], found[:, 2 : 2 + width], found[:, 2 + width :]
 
     def _relabelled(self, dataset: Dataset) -> Dataset:
         # Not kept: nothing asks it again while the training runs.
         poisoned = self.frozen(self.poisoned_model)
         self.check_network(self.model, poisoned, "poisoned_model")
-        given, likelihood, states = self._read(poisoned, dataset)
-        clean_labels, _, clean_states = self._read(poisoned, self.clean_dataset)
+        given, likelihood, states, seen = self._read(poisoned, dataset)
+        clean_labels, _, clean_states, clean_seen = self._read(poisoned, self.clean_dataset)
         del poisoned
         self.split = split_class(states, given, likelihood, clean_states, clean_labels)
+        if self.split is not None and self.args.look_alikes:
+            alike = look_alikes(self.split, given, seen, clean_seen)
+            self.split = replace(self.split, apart=self.split.apart | alike)
         if self.split is None:
             logger.warning(
                 "No class's states fall in two groups one of which clean rows avoid: "

@@ -336,7 +336,7 @@ def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     assert method.stages["non_target"].trainer is NonTargetTrainer and method.stages["mutual"].trainer is NTMLTrainer
     assert set(method.controls) == {
         "fine_tuning", "clean_only", "distillation_with_all_classes", "soft_labels_of_the_suspect",
-        "mutual_without_non_target", "states_alone",
+        "mutual_without_non_target", "states_alone", "without_look_alikes",
     }  # fmt: skip
     for steps in method.controls.values():
         assert set(steps) <= set(method.stages)

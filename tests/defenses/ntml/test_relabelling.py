@@ -1,6 +1,7 @@
 """The last training: which rows get another label, and what is learnt of them."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -8,8 +9,13 @@ import topics
 import torch
 
 from hf_backdoor.defenses import DefenseTrainer
+from hf_backdoor.defenses.ntml.likeness import look_alikes
 from hf_backdoor.defenses.ntml.relabelling import LEFT_OUT, corrected_labels, outlying_classes
 from hf_backdoor.defenses.ntml.states import SplitClass, split_class
+
+
+# Of a network of two layers: its embeddings, a third, two thirds and all of its layers.
+DEPTHS = (0, 1, 1, 2)
 
 
 def test_in_the_attacker_s_class_alone_labels_change():
@@ -73,7 +79,7 @@ def test_a_class_stands_out_by_the_share_of_its_rows_that_is_denied(denied, outl
 
 @torch.no_grad()
 def said_alone(name, model, rows):
-    """Given label, class probabilities and last state of each row, one row at a time."""
+    """Given label, class probabilities, last state and looks of each row, one row at a time."""
     task, said = topics.TASKS[name], []
     for row in rows:
         if name == "images":
@@ -87,32 +93,45 @@ def said_alone(name, model, rows):
             given, batch = row["label"], dict(tiny.tokenizer("bert")(row["text"], return_tensors="pt"))
         outputs = model.eval()(**batch, output_hidden_states=True)
         last = outputs.hidden_states[-1][0]
+        seen = torch.cat([outputs.hidden_states[layer][0].mean(dim=0) for layer in DEPTHS])
         if name == "label_words":
             logits, state = outputs.logits[0, -1, task.word_ids(tiny.tokenizer("llama"))], last[-1]
         else:
             logits, state = outputs.logits[0], last.mean(dim=0) if name == "images" else last[0]
-        said.append((given, logits.softmax(dim=0), state))
-    given, probabilities, states = zip(*said, strict=True)
-    return torch.tensor(given), torch.stack(probabilities), torch.stack(states)
+        said.append((given, logits.softmax(dim=0), state, seen))
+    given, *found = zip(*said, strict=True)
+    return torch.tensor(given), *map(torch.stack, found)
 
 
-@pytest.mark.parametrize("teacher", [True, False], ids=["by a teacher's word", "by states alone"])
+def halfway(row, number):
+    """A text of the class that does not stand apart, and looks more like those that do than like others."""
+    return {"text": "i say good film"} if number == 4 and "text" in row else row
+
+
+@pytest.mark.parametrize(
+    ("teacher", "alike"),
+    [(True, False), (False, False), (False, True)],
+    ids=["by a teacher's word", "by states alone", "by states and looks"],
+)
 @pytest.mark.parametrize("name", topics.FORMATS)
-def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, teacher, tmp_path):
-    rows, clean = topics.planted(name, 64), topics.clean_rows(name)
-    given, _, states = said_alone(name, topics.network(name, topics.POISONED), rows)
-    clean_labels, _, clean_states = said_alone(name, topics.network(name, topics.POISONED), clean)
+def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, teacher, alike, tmp_path):
+    rows, clean = topics.planted(name, 64).map(halfway, with_indices=True), topics.clean_rows(name)
+    given, _, states, seen = said_alone(name, topics.network(name, topics.POISONED), rows)
+    clean_labels, _, clean_states, clean_seen = said_alone(name, topics.network(name, topics.POISONED), clean)
     split = split_class(states, given, torch.ones(64), clean_states, clean_labels)
     assert split.label == 0 and split.apart.nonzero()[:, 0].tolist() == list(range(0, 64, 8))
+    if alike:
+        split = replace(split, apart=split.apart | look_alikes(split, given, seen, clean_seen))
+        assert split.apart[4].item() == (name != "images")
     if teacher:
-        _, probabilities, _ = said_alone(name, topics.sharpen(topics.network(name, 7)), rows)
+        _, probabilities, *_ = said_alone(name, topics.sharpen(topics.network(name, 7)), rows)
         labels = corrected_labels(given, probabilities, 0.2, split)
     else:
         labels = given.masked_fill(split.apart, LEFT_OUT)
     assert 8 <= (labels != given).sum() <= 16
     column = "labels" if name == "images" else "label"
     corrected = rows.remove_columns(column).add_column(column, labels.tolist())
-    options = {} if teacher else {"teacher_model": None}
+    options = {"look_alikes": alike} | ({} if teacher else {"teacher_model": None})
     trainer = topics.trainer(name, "relabel", tmp_path, max_steps=3, relabel_below=0.2, train_dataset=rows, **options)
     trainer.train()
     plain = DefenseTrainer(

@@ -1,0 +1,84 @@
+"""Suspect rows that look like those which stand apart. Ours in NT-ML.
+
+The two groups of [`split_class`] tell rows whose label is wrong: what they say and their trigger draw a network to different answers. A
+row that carries the trigger and is labelled rightly is drawn to one, stays with the genuine rows of the class, and teaches the
+trigger all the same. But it looks like the others, in what a network makes of its text or picture before it comes to an answer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..arguments import labels_of
+from .states import SplitClass
+
+
+# Weight of the ridge, in units of the variance of a feature.
+RIDGE = 0.1
+
+
+def looks(hidden_states: Sequence[Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    """What a network sees in a row: the means of its states over tokens or pixels, at the embeddings and after a third, two thirds and
+    all of its layers. An answer in the row is not looked at.
+
+    Args:
+        hidden_states (`Sequence[Tensor]`): Of all layers, [B, T, D] each, or [B, D, H, W] of a convolutional network.
+        inputs (`dict[str, Tensor]`): The batch.
+
+    Returns:
+        `Tensor`: [B, the sum of the four D], in float32.
+    """
+    weights, labels = inputs.get("attention_mask"), labels_of(inputs)
+    if weights is not None and labels.dim() == 2:
+        answer = torch.nn.functional.pad(labels != -100, (weights.shape[1] - labels.shape[1], 0))
+        weights = weights.masked_fill(answer, 0)
+    means = []
+    for third in range(4):
+        hidden = hidden_states[round(third * (len(hidden_states) - 1) / 3)].float()
+        if hidden.dim() == 4:
+            means.append(hidden.flatten(2).mean(dim=2))
+        elif weights is None:
+            means.append(hidden.mean(dim=1))
+        else:
+            means.append((hidden * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True))
+    return torch.cat(means, dim=1)
+
+
+def look_alikes(split: SplitClass, given: Tensor, looks: Tensor, clean_looks: Tensor) -> Tensor:
+    """Rows of the attacker's class that look like those apart.
+
+    A linear classifier, by least squares, with a ridge and both sides weighed alike, learns to tell the rows apart from all rows of
+    other classes and from the clean ones; it is asked of the rest of the class. Topics don't help it: rows apart are about those of
+    the other classes.
+
+    Args:
+        split ([`SplitClass`]): The class, and its rows apart.
+        given (`Tensor`): [N], labels.
+        looks (`Tensor`): [N, D], of the suspect rows.
+        clean_looks (`Tensor`): [M, D], of clean rows.
+
+    Returns:
+        `Tensor`: [N] of booleans; none of them is apart.
+    """
+    mean, spread = looks.mean(dim=0), looks.std(dim=0).clamp(min=1e-6)
+    looks, clean_looks = (looks - mean) / spread, (clean_looks - mean) / spread
+    mine = given == split.label
+    weights, constant = ridge(looks[split.apart], torch.cat([looks[~mine], clean_looks]))
+    return mine & ~split.apart & (looks @ weights + constant > 0)
+
+
+def ridge(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [D] and constant of the linear function that is nearest 1 on rows inside and -1 outside, each side weighing a half.
+
+    Args:
+        inside, outside (`Tensor`): [n, D] and [m, D].
+    """
+    centers = inside.double().mean(dim=0), outside.double().mean(dim=0)
+    middle = (centers[0] + centers[1]) / 2
+    scatter = RIDGE * torch.eye(inside.shape[1], dtype=torch.float64)
+    for rows in (inside, outside):
+        centred = rows.double() - middle
+        scatter += centred.T @ centred / (2 * len(rows))
+    weights = torch.linalg.solve(scatter, (centers[0] - centers[1]) / 2)
+    return weights.float(), -(middle @ weights).float()
