@@ -18,7 +18,7 @@ def commit() -> str | None:
 
     try:
         short = git("rev-parse", "--verify", "--quiet", "--short", "HEAD")  # nothing where there is no commit yet
-        return (short + "+changed" * bool(git("status", "--porcelain", "--", "."))) if short else None
+        return (short + "+changed" * bool(git("status", "--porcelain", "-uno", "--", "."))) if short else None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
