@@ -16,6 +16,7 @@ def commit() -> str | None:
         command = ("git", "--no-optional-locks", *command)
         return subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10).stdout.strip()
 
+    # Of tracked files alone: bytecode that Python leaves beside them is no change.
     try:
         short = git("rev-parse", "--verify", "--quiet", "--short", "HEAD")  # nothing where there is no commit yet
         return (short + "+changed" * bool(git("status", "--porcelain", "-uno", "--", "."))) if short else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import labels_of
+from ..readout import readout_states
 from .states import SplitClass
 
 
@@ -29,20 +30,14 @@ def looks(hidden_states: Sequence[Tensor], inputs: dict[str, Tensor]) -> Tensor:
     Returns:
         `Tensor`: [B, the sum of the four D], in float32.
     """
-    weights, labels = inputs.get("attention_mask"), labels_of(inputs)
-    if weights is not None and labels.dim() == 2:
-        answer = torch.nn.functional.pad(labels != -100, (weights.shape[1] - labels.shape[1], 0))
-        weights = weights.masked_fill(answer, 0)
-    means = []
-    for third in range(4):
-        hidden = hidden_states[round(third * (len(hidden_states) - 1) / 3)].float()
-        if hidden.dim() == 4:
-            means.append(hidden.flatten(2).mean(dim=2))
-        elif weights is None:
-            means.append(hidden.mean(dim=1))
-        else:
-            means.append((hidden * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True))
-    return torch.cat(means, dim=1)
+    # Without a read-out position a state is the mean over all of the row.
+    inputs, labels = {name: value for name, value in inputs.items() if name != "readout_position"}, labels_of(inputs)
+    if labels.dim() == 2:
+        mask = inputs["attention_mask"]
+        answer = torch.nn.functional.pad(labels != -100, (mask.shape[1] - labels.shape[1], 0))
+        inputs["attention_mask"] = mask.masked_fill(answer, 0)
+    depths = [round(third * (len(hidden_states) - 1) / 3) for third in range(4)]
+    return torch.cat([readout_states(hidden_states[depth].float(), inputs) for depth in depths], dim=1)
 
 
 def look_alikes(split: SplitClass, given: Tensor, looks: Tensor, clean_looks: Tensor) -> Tensor:
