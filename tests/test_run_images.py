@@ -10,16 +10,13 @@ from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer
 
 from hf_backdoor.cli import main
+from hf_backdoor.defenses import METHODS
 from hf_backdoor.dry_run import describe_run
 from hf_backdoor.evaluation import Results
 from hf_backdoor.model_files import without_weights
 from hf_backdoor.models import load_model
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.run import Run, run
-
-
-# One that takes over the method's models, one that makes all of its own, and one without a second network.
-CONTROLS = ["fine_tuning", "mutual_without_non_target", "states_alone"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,8 @@ def execute(values):
 
 @pytest.fixture(scope="module")
 def ntml_run(workshop):
-    values = settings(workshop, workshop / "run", controls=CONTROLS, relabel_below=0.2)
+    controls = list(METHODS["ntml"].controls)
+    values = settings(workshop, workshop / "run", controls=controls, relabel_below=0.2, look_alikes=True)
     return values, run(make_recipe(values))
 
 
@@ -65,7 +63,7 @@ def test_every_model_and_control_is_measured(ntml_run):
     assert Results.load(folder / "results.json") == results
     models = {"reference", "suspect", "cleaned"}
     models |= {f"stage/{name}" for name in ("early_target", "non_target", "mutual", "relabel")}
-    models |= {f"control/{name}" for name in CONTROLS}
+    models |= {f"control/{name}" for name in METHODS["ntml"].controls}
     assert {row.model for row in results.rows} == models
     for model in models:
         counted = {row.metric: (row.n, row.trigger) for row in results.rows if row.model == model}
