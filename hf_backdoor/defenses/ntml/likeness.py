@@ -2,7 +2,8 @@
 
 The two groups of [`split_class`] tell rows whose label is wrong: what they say and their trigger draw a network to different answers. A
 row that carries the trigger and is labelled rightly is drawn to one, stays with the genuine rows of the class, and teaches the
-trigger all the same. But it looks like the others, in what a network makes of its text or picture before it comes to an answer.
+trigger all the same. So does one that the network has not learnt yet. But it looks like the others, in what a network makes of its
+text that has learnt nothing of any answer.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from .states import SplitClass
 
 # Weight of the ridge, in units of the variance of a feature.
 RIDGE = 0.1
+# Parts in which the rest of the class is cut, and times that it is asked.
+PARTS, ROUNDS = 5, 2
 
 
 def looks(hidden_states: Sequence[Tensor], inputs: dict[str, Tensor]) -> Tensor:
@@ -43,9 +46,10 @@ def looks(hidden_states: Sequence[Tensor], inputs: dict[str, Tensor]) -> Tensor:
 def look_alikes(split: SplitClass, given: Tensor, looks: Tensor, clean_looks: Tensor) -> Tensor:
     """Rows of the attacker's class that look like those apart.
 
-    A linear classifier, by least squares, with a ridge and both sides weighed alike, learns to tell the rows apart from all rows of
-    other classes and from the clean ones; it is asked of the rest of the class. Topics don't help it: rows apart are about those of
-    the other classes.
+    A linear classifier, by least squares, with a ridge and both sides weighed alike, learns to tell the rows apart from all others,
+    and is asked of the rest of the class. The rest is among the others, or what the class is about would count: rows apart are about
+    what the other classes are. So that no row is asked of a classifier that has learnt it, the rest is cut in parts, and each is
+    asked of one that learnt from the others. A second time, what was found is left out of what they learn from.
 
     Args:
         split ([`SplitClass`]): The class, and its rows apart.
@@ -59,8 +63,19 @@ def look_alikes(split: SplitClass, given: Tensor, looks: Tensor, clean_looks: Te
     mean, spread = looks.mean(dim=0), looks.std(dim=0).clamp(min=1e-6)
     looks, clean_looks = (looks - mean) / spread, (clean_looks - mean) / spread
     mine = given == split.label
-    weights, constant = ridge(looks[split.apart], torch.cat([looks[~mine], clean_looks]))
-    return mine & ~split.apart & (looks @ weights + constant > 0)
+    rest = mine & ~split.apart
+    part = torch.full_like(given, -1)
+    part[rest] = torch.arange(int(rest.sum())) % PARTS
+    found = torch.zeros_like(rest)
+    for _ in range(ROUNDS):
+        score = torch.full(given.shape, -1.0)
+        for number in range(PARTS):
+            asked = part == number
+            outside = torch.cat([looks[~(split.apart | found | asked)], clean_looks])
+            weights, constant = ridge(looks[split.apart], outside)
+            score[asked] = looks[asked] @ weights + constant
+        found = score > 0
+    return found
 
 
 def ridge(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ says so in turn: a second fresh network learns from the rows as the first one se
 the network tell that the poison was learnt by ([`split_class`]).
 """
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ...data import Processor
+from ...data import Processor, base_model
 from ...data.mapping import encoded
 from ..arguments import check_other
 from .classes import ClassTrainer, feature_states
@@ -40,8 +42,8 @@ class RelabellingTrainer(ClassTrainer):
     groups there; clean rows avoid one of them, which stands apart. In that class alone labels change, as [`corrected_labels`] says:
     where the teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left
     out too. Where no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are
-    left out, and no more. With `look_alikes`, rows that look like those apart count as such ([`~likeness.look_alikes`]). Both networks
-    run once, before the first step. [`changes`] lists what became of the rows, and [`split`] is what tells it.
+    left out, and no more. With `look_alikes`, rows that look like those apart to the model, before it is trained, count as such
+    ([`~likeness.look_alikes`]). The networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`] is what tells it.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
@@ -56,7 +58,7 @@ class RelabellingTrainer(ClassTrainer):
 
     Raises:
         `ValueError`: if answers are free texts, if there are two classes only, if `poisoned_model` or `clean_dataset` is missing,
-            or if rows for a causal LM are tokenized.
+            if rows for a causal LM are tokenized, or under DeepSpeed ZeRO-3 with `look_alikes`.
     """
 
     takes_teacher = True
@@ -77,6 +79,11 @@ class RelabellingTrainer(ClassTrainer):
             if value is None:
                 what = "the network that was trained on the rows" if name == "poisoned_model" else "a few clean rows"
                 raise ValueError(f"{name} is None: pass {what}, to tell by which of them lie")
+        if self.args.look_alikes and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "look_alikes is True, and DeepSpeed ZeRO-3 leaves no process the whole model to look at rows with: use ZeRO-2, DDP or "
+                "FSDP, or set look_alikes: false"
+            )
         check_other(self.model, poisoned_model, "poisoned_model")
         if not len(clean_dataset):
             raise ValueError("clean_dataset has no rows: pass a few clean ones")
@@ -98,34 +105,40 @@ class RelabellingTrainer(ClassTrainer):
         """The list of changes."""
         return {} if self.changes is None else {"relabelled": self.changes}
 
-    def _read(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Given labels [N], their probability by a network [N], its last hidden states [N, D], and how rows look [N, D']."""
-        width = 0
+    def _states(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
+        """Given labels [N], their probability by a network [N], and its last hidden states [N, D]."""
 
         def work(batch: dict[str, Tensor]) -> Tensor:
-            nonlocal width
-            every = {"output_hidden_states": True} if self.args.look_alikes else {"hidden_states": [-1]}
-            outputs = self.forward(network, batch, **every)
+            outputs = self.forward(network, batch, hidden_states=[-1])
             states, given = feature_states(outputs, [-1], batch)[0], self.given_labels(batch)[:, None]
             likely = self.class_logits(outputs.logits, batch).softmax(dim=1).gather(1, given)
-            width = states.shape[1]
-            seen = [looks(outputs.hidden_states, batch)] if self.args.look_alikes else []
-            return torch.cat([given.float(), likely, states.float(), *seen], dim=1)
+            return torch.cat([given.float(), likely, states.float()], dim=1)
 
         found = self.over_rows(dataset, work)
-        return found[:, 0].long(), found[:, 1], found[:, 2 : 2 + width], found[:, 2 + width :]
+        return found[:, 0].long(), found[:, 1], found[:, 2:]
+
+    def _looks(self, network: PreTrainedModel, dataset: Dataset) -> Tensor:
+        """[N, D]."""
+
+        def work(batch: dict[str, Tensor]) -> Tensor:
+            return looks(self.forward(network, batch, output_hidden_states=True).hidden_states, batch)
+
+        return self.over_rows(dataset, work)
 
     def _relabelled(self, dataset: Dataset) -> Dataset:
         # Not kept: nothing asks it again while the training runs.
         poisoned = self.frozen(self.poisoned_model)
         self.check_network(self.model, poisoned, "poisoned_model")
-        given, likelihood, states, seen = self._read(poisoned, dataset)
-        clean_labels, _, clean_states, clean_seen = self._read(poisoned, self.clean_dataset)
+        given, likelihood, states = self._states(poisoned, dataset)
+        clean_labels, _, clean_states = self._states(poisoned, self.clean_dataset)
         del poisoned
         self.split = split_class(states, given, likelihood, clean_states, clean_labels)
         if self.split is not None and self.args.look_alikes:
+            untrained = self.frozen(copy.deepcopy(base_model(self.model)))
+            seen, clean_seen = self._looks(untrained, dataset), self._looks(untrained, self.clean_dataset)
             alike = look_alikes(self.split, given, seen, clean_seen)
             self.split = replace(self.split, apart=self.split.apart | alike)
+            del untrained
         if self.split is None:
             logger.warning(
                 "No class's states fall in two groups one of which clean rows avoid: "

@@ -29,6 +29,16 @@ def test_rows_with_the_same_mark_and_a_right_label_are_found():
     assert look_alikes(split, given, seen, clean).nonzero()[:, 0].tolist() == list(range(210, 220))
 
 
+def test_what_the_class_is_about_is_no_mark():
+    split, given, seen, clean = scene()
+    # Half a mark on every row of its topic: so far a classifier goes that is told of rows apart and of other classes alone.
+    about = torch.tensor([0.0] * 120 + [1.0] * 60 + [0.0] * 30 + [1.0] * 10)
+    seen[:, 10] += 5.5 * about
+    clean[3:6, 10] += 5.5
+    found = look_alikes(split, given, seen, clean)
+    assert found[210:].all() and found[:210].sum() <= 2
+
+
 def test_the_units_of_looks_do_not_matter():
     split, given, seen, clean = scene()
     scale = torch.logspace(-3, 3, 24)
@@ -105,6 +115,6 @@ def test_looks_are_read_alike_however_rows_are_batched(tmp_path):
             train_dataset=rows,
             per_device_eval_batch_size=size,
         )
-        read.append(trainer._read(trainer.poisoned_model.eval(), rows)[3])
+        read.append(trainer._looks(trainer.model.eval(), rows))
     assert read[0].shape == (64, 4 * tiny.model("bert").config.hidden_size)
     assert torch.allclose(*read, atol=1e-5)

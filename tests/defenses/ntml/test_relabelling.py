@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+import engines
 import pytest
 import tiny
 import topics
@@ -105,7 +106,7 @@ def said_alone(name, model, rows):
 
 def halfway(row, number):
     """A text of the class that does not stand apart, and looks more like those that do than like others."""
-    return {"text": "i say good film"} if number == 4 and "text" in row else row
+    return {"text": "was i say yes good"} if number == 4 and "text" in row else row
 
 
 @pytest.mark.parametrize(
@@ -116,11 +117,12 @@ def halfway(row, number):
 @pytest.mark.parametrize("name", topics.FORMATS)
 def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, teacher, alike, tmp_path):
     rows, clean = topics.planted(name, 64).map(halfway, with_indices=True), topics.clean_rows(name)
-    given, _, states, seen = said_alone(name, topics.network(name, topics.POISONED), rows)
-    clean_labels, _, clean_states, clean_seen = said_alone(name, topics.network(name, topics.POISONED), clean)
+    given, _, states, _ = said_alone(name, topics.network(name, topics.POISONED), rows)
+    clean_labels, _, clean_states, _ = said_alone(name, topics.network(name, topics.POISONED), clean)
     split = split_class(states, given, torch.ones(64), clean_states, clean_labels)
     assert split.label == 0 and split.apart.nonzero()[:, 0].tolist() == list(range(0, 64, 8))
     if alike:
+        seen, clean_seen = (said_alone(name, topics.network(name, 0), each)[3] for each in (rows, clean))
         split = replace(split, apart=split.apart | look_alikes(split, given, seen, clean_seen))
         assert split.apart[4].item() == (name != "images")
     if teacher:
@@ -152,6 +154,15 @@ def test_it_trains_as_plain_training_does_on_the_corrected_rows(name, teacher, a
 def test_what_tells_rows_apart_must_be_there(missing, tmp_path):
     with pytest.raises(ValueError, match=f"^{missing} is None: pass .* to tell by which of them lie"):
         topics.trainer("label_words", "relabel", tmp_path, **{missing: None})
+
+
+def test_looks_need_a_whole_model(tmp_path):
+    def work():
+        with pytest.raises(ValueError, match="^look_alikes is True, and DeepSpeed ZeRO-3 leaves no process the whole") as caught:
+            topics.trainer("label_words", "relabel", tmp_path, look_alikes=True, **engines.arguments("zero3"))
+        return str(caught.value)
+
+    assert "\n" not in engines.in_engine("zero3", work, tmp_path)
 
 
 def test_answers_that_are_tokens_are_refused(tmp_path):
