@@ -75,6 +75,8 @@ class SuspectReader(DefenseTrainer):
                 f"the suspect {base_model(self.model).name_or_path!r} holds weights that are not finite: it is broken, and nothing "
                 "can be read off it"
             )
+        if self.model.device != self.args.device:  # FSDP2 and DeepSpeed place a model when they begin to train it
+            self.model.to(self.args.device)
         training = self.model.training
         self.model.eval()
         self.found = self.read()
