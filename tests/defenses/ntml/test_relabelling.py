@@ -158,7 +158,9 @@ def test_what_tells_rows_apart_must_be_there(missing, tmp_path):
 
 def test_looks_need_a_whole_model(tmp_path):
     def work():
-        with pytest.raises(ValueError, match="^look_alikes is True, and DeepSpeed ZeRO-3 leaves no process the whole") as caught:
+        with pytest.raises(
+            ValueError, match="^look_alikes is True, and DeepSpeed ZeRO-3 leaves no process the whole"
+        ) as caught:
             topics.trainer("label_words", "relabel", tmp_path, look_alikes=True, **engines.arguments("zero3"))
         return str(caught.value)
 
