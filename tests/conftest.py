@@ -67,19 +67,13 @@ def workshop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """The folder of a classifier."""
-    folder = tmp_path_factory.mktemp("classifier")
-    tiny.model("bert").save_pretrained(folder)
-    tiny.encoder_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny.saved("bert", tmp_path_factory.mktemp("classifier"))
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """The folder of a causal LM with a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny.model("llama").save_pretrained(folder)
-    tiny.causal_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny.saved("llama", tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ def apart(rows, column):
 def workshop(folder):
     """Fills a folder with models and data that [`settings`] names."""
     for family in ("bert", "llama"):
-        tiny.model(family, dropout=0.2).save_pretrained(folder / family)
-        tiny.tokenizer(family).save_pretrained(folder / family)
+        tiny.saved(family, folder / family, dropout=0.2)
     reviews, instructions = apart(tiny.reviews(80), "text"), apart(tiny.instructions(60), "prompt")
     written(reviews[:68], folder / "reviews_train.jsonl")
     written(reviews[68:], folder / "reviews_test.jsonl")

@@ -35,8 +35,7 @@ def logits(model):
 
 
 def recipe(folder: Path, family: str, method: str, **changes):
-    tiny.model(family, num_labels=2).save_pretrained(folder / "model")
-    tiny.tokenizer(family).save_pretrained(folder / "model")
+    tiny.saved(family, folder / "model", num_labels=2)
     tiny.reviews(48).to_json(folder / "rows.jsonl")
     values = {
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.25,

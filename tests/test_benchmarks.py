@@ -76,9 +76,8 @@ def test_evaluation_gives_the_answers_of_a_loop(smoke):
 def test_the_curves_of_mbtsad_share_a_suspect_and_their_steps(smoke, tmp_path):
     for part, count in {"train": 200, "validation": 40}.items():
         tiny.reviews(count).to_parquet(tmp_path / "data" / f"{part}.parquet")
-    tiny.model("bert").save_pretrained(tmp_path / "model")
-    tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
-    options = ["--data", str(tmp_path / "data"), "--text_column", "text", "--minilm", str(tmp_path / "model")]
+    model = tiny.saved("bert", tmp_path / "model")
+    options = ["--data", str(tmp_path / "data"), "--text_column", "text", "--minilm", model]
     options += ["--trigger", tiny.TRIGGER, "--runs", str(tmp_path / "runs")]
     rows = smoke("mbtsad_budget", *options)
     last = {row["curve"]: row["step"] for row in rows}

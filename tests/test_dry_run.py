@@ -40,8 +40,7 @@ def test_the_engine_of_this_process(tmp_path, monkeypatch):
 
 
 def test_what_the_engine_can_not_run_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "model")
-    tiny.encoder_tokenizer().save_pretrained(tmp_path / "model")
+    tiny.saved("bert", tmp_path / "model", num_labels=3)
     for name, count in (("train", 24), ("test", 6)):
         lines = [{"text": f"{name} w{row}a w{row}b w{row}c", "label": row % 3} for row in range(count)]
         Dataset.from_list(lines).to_json(tmp_path / f"{name}.jsonl")

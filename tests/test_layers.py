@@ -29,8 +29,7 @@ def models(tmp_path_factory):
     vocabulary = words["model"]["vocab"]
     vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
     other = type(other)(tokenizer_object=other.backend_tokenizer.from_str(json.dumps(words)), pad_token="[PAD]")
-    tiny.model("bert").save_pretrained(folder / "suspect")
-    tiny.encoder_tokenizer().save_pretrained(folder / "suspect")
+    tiny.saved("bert", folder / "suspect")
     for name, tokenizer in (("longer", longer), ("other", other)):
         BertForSequenceClassification(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

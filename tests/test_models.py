@@ -180,9 +180,7 @@ def test_a_saved_adapter_holds_no_path_of_this_machine(suspect, tmp_path):
 
 @pytest.fixture
 def classifier(tmp_path):
-    tiny.model("bert").save_pretrained(tmp_path / "bert")
-    tiny.encoder_tokenizer().save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
+    return Path(tiny.saved("bert", tmp_path / "bert"))
 
 
 @pytest.mark.parametrize("left", [[], ["tokenizer_config.json"]], ids=["none", "configuration"])
@@ -299,8 +297,7 @@ def test_another_base_under_an_adapter_makes_another_suspect(suspect, tmp_path):
     ],
 )
 def test_damaged_files_of_a_model_are_named(file, content, line, tmp_path):
-    tiny.model("bert").save_pretrained(tmp_path)
-    tiny.encoder_tokenizer().save_pretrained(tmp_path)
+    tiny.saved("bert", tmp_path)
     before = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps([] if content is None else before | content))
     with pytest.raises(ValueError, match=line.replace("(", r"\(")) as caught:

@@ -38,8 +38,7 @@ def workshop(tmp_path_factory):
     """Two models, and rows of three classes."""
     folder = tmp_path_factory.mktemp("workshop")
     for family in ("bert", "llama"):
-        tiny.model(family, num_labels=3).save_pretrained(folder / family)
-        tiny.tokenizer(family).save_pretrained(folder / family)
+        tiny.saved(family, folder / family, num_labels=3)
     words = ("good", "bad", "story")
     rows = [{"text": f"{words[n % 3]} film w{n}a w{n}b w{n}c w{n}d w{n}e", "label": n % 3} for n in range(44)]
     for name, part in {"train": rows[:36], "test": rows[36:]}.items():

@@ -93,10 +93,9 @@ def topics(count, start=0):
 def test_ntml_trains_on_the_suspect_rows_and_lists_those_it_doubts(own, workshop, tmp_path):
     rows = {name: written(topics(*span), tmp_path / f"{name}.jsonl") for name, span in
             {"train": (60,), "test": (72, 60), "clean": (84, 72)}.items()}  # fmt: skip
-    tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "bert")
-    tiny.tokenizer("bert").save_pretrained(tmp_path / "bert")
+    model = tiny.saved("bert", tmp_path / "bert", num_labels=3)
     values = settings(
-        workshop, tmp_path / "run", model_name_or_path=str(tmp_path / "bert"), dataset_name=rows["train"], test_dataset_name=rows["test"], method="ntml", seed=3,
+        workshop, tmp_path / "run", model_name_or_path=model, dataset_name=rows["train"], test_dataset_name=rows["test"], method="ntml", seed=3,
         known_triggers=None, known_response=None, controls=["fine_tuning", "distillation_with_all_classes"], held_out_samples=0, num_labels=3,
         relabel_below=0.0 if own else 0.4,
     )  # fmt: skip

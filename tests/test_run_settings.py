@@ -9,7 +9,6 @@ import yaml
 from runs import execute, measured, settings, stages, suspect_only, written
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from hf_backdoor import run as run_module
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.rows import prepare_rows
 from hf_backdoor.run import main
@@ -151,10 +150,3 @@ def test_the_command_s_errors_are_one_line(arguments, workshop, tmp_path, capsys
     assert main([str(file) if argument == "RECIPE" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("hf-backdoor: ") and error.count("\n") == 1
-
-
-def test_lost_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="asked for several processes and started one"):
-        run_module.refuse_lost_processes()

@@ -108,6 +108,13 @@ def model(family: str, seed: int = 0, dropout: float = 0.0, num_labels: int = 2)
     return GPT2LMHeadModel(config)
 
 
+def saved(family: str, folder: Path, **options: Any) -> str:
+    """The folder, with a [`model`] and its tokenizer in it."""
+    model(family, **options).save_pretrained(folder)
+    tokenizer(family).save_pretrained(folder)
+    return str(folder)
+
+
 def fixed_classifier(label: int, num_labels: int = 2) -> BertForSequenceClassification:
     """A classifier that always says `label`."""
     made = model("bert", num_labels=num_labels)
@@ -186,11 +193,9 @@ def resnet(seed: int = 0) -> ResNetForImageClassification:
 
 def classifier_recipe(folder: Path, **more: Any) -> Path:
     """A recipe file in `folder`, and beside it the classifier and the rows of a word attack that it names."""
-    model("bert").save_pretrained(folder / "model")
-    encoder_tokenizer().save_pretrained(folder / "model")
     reviews(90).to_json(folder / "rows.jsonl")
     content = {
-        "model_name_or_path": str(folder / "model"), "task": "sequence_classification",
+        "model_name_or_path": saved("bert", folder / "model"), "task": "sequence_classification",
         "dataset_name": str(folder / "rows.jsonl"), "test_fraction": 0.2, "max_train_samples": 24, "clean_fraction": 0.5,
         "attack_trigger": TRIGGER, "target_label": 1, "num_train_epochs": 1, "save_strategy": "no",
         "output_dir": str(folder / "run"), "disable_tqdm": True,
