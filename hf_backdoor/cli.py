@@ -272,7 +272,7 @@ def clean_command(options: argparse.Namespace, rest: list[str]) -> int:
             values[key] = getattr(options, key)
     for key, value in own.items():
         put(values, key, value)
-    if task in ("sequence_classification", "label_words"):
+    if task != "image_classification":
         make_recipe(values)  # refuses what is wrong with the user's own
         for key, value in measured(options.method, options.model, values).items():
             put(values, key, value)

@@ -25,12 +25,15 @@ SYNONYMS = {
 # Share of the clean rows that `clean` measures on, where there are no test rows beside them.
 TEST_FRACTION = 0.2
 
-# What `clean` sets beyond a method's own arguments, for classifiers of texts: what the efficacy tables found to work best, with the
-# stage whose rate it is. (The trainers' defaults are the papers' own methods.) Own answers are what bears rates so high.
-MEASURED: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "locphylax": ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
-    "mbtsad": (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
+# What `clean` sets beyond a method's own arguments, by the kind of answers: what the efficacy tables found to work best, with the
+# stage whose rate it is. (The trainers' defaults are the papers' own methods.)
+MEASURED: dict[tuple[str, str], tuple[str | None, dict[str, Any]]] = {
+    ("locphylax", "class"): ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
+    ("mbtsad", "class"): (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
+    # Longer, and perplexity ends above the suspect's.
+    ("locphylax", "text"): ("recover", {"learning_rate": 3e-4, "num_train_epochs": 1}),
 }
+# For classes. These are what bears rates so high for so long.
 INFORMED = {"soft_triggers": 48, "own_answers": 0.5}
 
 # Hidden size of the widest model that they were measured on. A wider one bears less: Adam's rate goes with one over the width
@@ -40,17 +43,19 @@ MEASURED_WIDTH = 576
 
 def measured(method: str, model: str, values: dict[str, Any]) -> dict[str, Any]:
     """Keys of a recipe for what the user's own (`values`) say nothing about."""
-    if method not in MEASURED:
+    answers = "text" if values.get("task") == "instruction_following" else "class"
+    if (method, answers) not in MEASURED:
         return {}
-    stage, found = MEASURED[method]
+    stage, found = MEASURED[method, answers]
     given = values | ((values.get("stages") or {}).get(stage) or {})
-    if not given.get("own_answers", INFORMED["own_answers"]):
+    informed = INFORMED if answers == "class" else {}
+    if informed and not given.get("own_answers", informed["own_answers"]):
         return {}
     config = load_config(model, revision=values.get("model_revision"))
     width = getattr(config.get_text_config(), "hidden_size", MEASURED_WIDTH)
     found = found | {"learning_rate": float(f"{found['learning_rate'] * min(1, MEASURED_WIDTH / width):.1g}")}
     rest = {f"stages.{stage}.{key}" if stage else key: value for key, value in found.items() if key not in given}
-    return {key: value for key, value in INFORMED.items() if key not in values} | rest
+    return {key: value for key, value in informed.items() if key not in values} | rest
 
 
 def has_test(source: str, rows: Dataset, columns: dict[str, str], own: dict[str, Any]) -> bool:

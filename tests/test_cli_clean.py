@@ -55,6 +55,15 @@ def test_clean_takes_a_rate_that_the_model_bears_and_leaves_the_user_s_own_alone
     )
 
 
+def test_clean_of_free_answers_recovers_at_a_higher_rate_too(tmp_path):
+    BertConfig(hidden_size=2048).save_pretrained(tmp_path)
+    values = {"task": "instruction_following"}
+    expected = {"stages.recover.learning_rate": 8e-5, "stages.recover.num_train_epochs": 1}
+    assert measured("locphylax", str(tmp_path), values) == expected
+    assert "stages.recover.learning_rate" not in measured("locphylax", str(tmp_path), {**values, "learning_rate": 1e-5})
+    assert measured("mbtsad", str(tmp_path), values) == {}
+
+
 def test_clean_by_mbtsad_has_what_works_best_on_too(classifier, reviews, tmp_path):
     arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--method", "mbtsad"]
     assert main([*arguments, "--max_steps", "1", "--disable_tqdm", "true"]) == 0
