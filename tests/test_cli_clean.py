@@ -60,7 +60,9 @@ def test_clean_of_free_answers_recovers_at_a_higher_rate_too(tmp_path):
     values = {"task": "instruction_following"}
     expected = {"stages.recover.learning_rate": 8e-5, "stages.recover.num_train_epochs": 1}
     assert measured("locphylax", str(tmp_path), values) == expected
-    assert "stages.recover.learning_rate" not in measured("locphylax", str(tmp_path), {**values, "learning_rate": 1e-5})
+    assert "stages.recover.learning_rate" not in measured(
+        "locphylax", str(tmp_path), {**values, "learning_rate": 1e-5}
+    )
     assert measured("mbtsad", str(tmp_path), values) == {}
 
 
