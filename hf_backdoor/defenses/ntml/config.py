@@ -64,7 +64,7 @@ class NTMLConfig(DefenseConfig):
             the paper.
         look_alikes (`bool`, *optional*, defaults to `False`):
             Whether rows of that class which look like those that stand apart count as such: a row that carries the trigger and is
-            labelled rightly does not stand apart, and teaches the trigger all the same. For texts.
+            labelled rightly does not stand apart, and teaches the trigger all the same. For texts, and not under DeepSpeed ZeRO-3.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "tau of every softmax in a distillation loss."})

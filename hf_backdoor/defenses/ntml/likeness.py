@@ -2,8 +2,8 @@
 
 The two groups of [`split_class`] tell rows whose label is wrong: what they say and their trigger draw a network to different answers. A
 row that carries the trigger and is labelled rightly is drawn to one, stays with the genuine rows of the class, and teaches the
-trigger all the same. So does one that the network has not learnt yet. But it looks like the others, in what a network makes of its
-text that has learnt nothing of any answer.
+trigger all the same. So does one whose trigger the network has not learnt yet. But both look like the others to a network that has
+learnt no answer at all.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,7 @@ def look_alikes(split: SplitClass, given: Tensor, looks: Tensor, clean_looks: Te
     """
     mean, spread = looks.mean(dim=0), looks.std(dim=0).clamp(min=1e-6)
     looks, clean_looks = (looks - mean) / spread, (clean_looks - mean) / spread
-    mine = given == split.label
-    rest = mine & ~split.apart
+    rest = (given == split.label) & ~split.apart
     part = torch.full_like(given, -1)
     part[rest] = torch.arange(int(rest.sum())) % PARTS
     found = torch.zeros_like(rest)

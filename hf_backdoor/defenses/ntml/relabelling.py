@@ -43,7 +43,8 @@ class RelabellingTrainer(ClassTrainer):
     where the teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left
     out too. Where no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are
     left out, and no more. With `look_alikes`, rows that look like those apart to the model, before it is trained, count as such
-    ([`~likeness.look_alikes`]). The networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`] is what tells it.
+    ([`~likeness.look_alikes`]). The networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`]
+    is what tells it.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
@@ -118,7 +119,7 @@ class RelabellingTrainer(ClassTrainer):
         return found[:, 0].long(), found[:, 1], found[:, 2:]
 
     def _looks(self, network: PreTrainedModel, dataset: Dataset) -> Tensor:
-        """[N, D]."""
+        """[N, D], what a network sees in the rows ([`~likeness.looks`])."""
 
         def work(batch: dict[str, Tensor]) -> Tensor:
             return looks(self.forward(network, batch, output_hidden_states=True).hidden_states, batch)
