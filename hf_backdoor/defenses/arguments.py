@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from pyarrow import compute
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import auto_class, base_model, row_lengths
 from .config import DefenseConfig
@@ -151,6 +151,24 @@ def check_alike(model: nn.Module, other: nn.Module, argument: str, fields: Seque
         own, its = (getattr(config, field, getattr(config.get_text_config(), field, None)) for config in configs)
         if own != its:
             raise ValueError(f"{field} is {its} in {argument}, and {own} in the model, and {why}")
+
+
+def check_vocabulary(model: nn.Module, other: nn.Module, argument: str, processor: Any) -> None:
+    """
+    Args:
+        processor: What encodes the rows; one that is no tokenizer has nothing to check.
+
+    Raises:
+        `ValueError`: if the tokenizer has tokens that the model knows and the other one does not.
+    """
+    own, its = (getattr(base_model(each).config.get_text_config(), "vocab_size", None) for each in (model, other))
+    tokens = len(processor) if isinstance(processor, PreTrainedTokenizerBase) else 0
+    # Models may have embeddings beyond the tokenizer's last token, and one be padded further than the other.
+    if own and its and its < min(own, tokens):
+        raise ValueError(
+            f"vocab_size is {its} in {argument}, and {own} in the model, whose tokenizer has {tokens} tokens: pass one that reads the "
+            "same ones"
+        )
 
 
 def check_checkpointing(args: DefenseConfig, model: nn.Module) -> None:

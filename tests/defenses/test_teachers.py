@@ -111,21 +111,22 @@ def test_a_teacher_from_a_folder_teaches_the_same_in_less_memory(tmp_path, preci
 # ---- Alike ----
 
 
-def wide(size):
-    model = tiny.model("llama", 3)
+def wide(size, family="llama", **options):
+    model = tiny.model(family, 3, **options)
     model.resize_token_embeddings(size)
     return model
 
 
-@pytest.mark.parametrize(
-    "method, argument",
-    [
-        ("non_target", "teacher_model"),
-        ("mutual", "target_model"),
-        ("relabel", "teacher_model"),
-        ("relabel", "poisoned_model"),
-    ],
-)
+# Of NT-ML's stages: what stands beside the model that is trained.
+BESIDE = [
+    ("non_target", "teacher_model"),
+    ("mutual", "target_model"),
+    ("relabel", "teacher_model"),
+    ("relabel", "poisoned_model"),
+]
+
+
+@pytest.mark.parametrize("method, argument", BESIDE)
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_networks_of_other_classes_are_refused(method, argument, classes, tmp_path):
     other = {argument: tiny.model("bert", 3, num_labels=classes)}
@@ -138,6 +139,14 @@ def test_networks_of_other_classes_are_refused(method, argument, classes, tmp_pa
 def test_networks_of_another_vocabulary_are_refused(tmp_path):
     with pytest.raises(ValueError, match="^vocab_size is 80 in teacher_model, and 65 in the model"):
         topics.trainer("label_words", "non_target", tmp_path, teacher_model=wide(80)).train()
+
+
+@pytest.mark.parametrize("method, argument", BESIDE)
+def test_networks_that_can_t_read_the_model_s_tokens_are_refused(method, argument, tmp_path):
+    """With heads of as many classes it was an IndexError from their embeddings."""
+    other = {argument: wide(60, "bert", num_labels=4)}
+    with pytest.raises(ValueError, match=f"^vocab_size is 60 in {argument}, and 65 in the model, whose tokenizer has"):
+        topics.trainer(NAME, method, tmp_path, max_steps=1, **other).train()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
-from ..arguments import check_alike, labels_of
+from ..arguments import check_alike, check_vocabulary, labels_of
 from ..readout import readout_states
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
@@ -67,9 +67,10 @@ class ClassTrainer(DefenseTrainer):
         self.check_network(self.model, teacher, "teacher_model")
 
     def check_network(self, model: nn.Module, other: nn.Module, argument: str) -> None:
-        """Raises `ValueError` for a network that has other answers than the model."""
+        """Raises `ValueError` for a network that has other answers than the model, or does not know all of its tokens."""
         field = "vocab_size" if isinstance(self.task, LabelWords) else "num_labels"
         check_alike(model, other, argument, [field], "logits are compared one by one: pass two of the same answers")
+        check_vocabulary(model, other, argument, self.processing_class)
 
     @cached_property
     def word_ids(self) -> Tensor | None:

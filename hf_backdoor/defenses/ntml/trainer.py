@@ -138,6 +138,8 @@ class NTMLTrainer(ClassTrainer):
         self.chosen: str | None = None
         self.accuracies: dict[str, dict[str, float]] = {}
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, ModelPair):
+            self.check_network(self.model.non_target, self.model.target, "target_model")
         if self.args.label_names is None:
             self.label_names = ["labels"]
         if self.neftune_noise_alpha is not None:
@@ -177,7 +179,6 @@ class NTMLTrainer(ClassTrainer):
                 target, use_safetensors=True, dtype=own.dtype, attn_implementation=own.config._attn_implementation
             )
         check_other(model, target, "target_model")
-        self.check_network(model, target, "target_model")
         if not any(parameter.requires_grad for parameter in target.parameters()):  # as a teacher it was frozen
             if isinstance(target, PeftModel):
                 target.set_adapter(target.active_adapter)  # what lies under an adapter stays as it is

@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ...data import Processor, auto_class, base_model
-from ..arguments import check_alike
+from ..arguments import check_alike, check_vocabulary
 from ..engines import SHARDED, whole
 from ..reading import InformedTrainer
 from .config import RobustKDConfig
@@ -128,15 +128,7 @@ class RobustKDTrainer(InformedTrainer):
     # ---- Teacher ----
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
-        models = (base_model(self.model), base_model(teacher))
-        own, its = (getattr(model.config.get_text_config(), "vocab_size", None) for model in models)
-        tokens = len(self.processing_class) if isinstance(self.processing_class, PreTrainedTokenizerBase) else 0
-        # Models may have embeddings beyond the tokenizer's last token, and one be padded further than the other.
-        if own and its and its < min(own, tokens):
-            raise ValueError(
-                f"vocab_size is {its} in teacher_model, and {own} in the model, whose tokenizer has {tokens} tokens: pass a teacher that "
-                "reads the same ones"
-            )
+        check_vocabulary(self.model, teacher, "teacher_model", self.processing_class)
         if self.args.logit_weight:
             words = auto_class(base_model(self.model)) is AutoModelForCausalLM
             why = "logits are compared one by one: pass two with the same answers, or set logit_weight: 0"
