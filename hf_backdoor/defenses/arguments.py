@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import auto_class, base_model, row_lengths
+from ..data import Task, auto_class, base_model, encoded, row_lengths
 from .config import DefenseConfig
 
 
@@ -105,6 +105,27 @@ def _check_answers(name: str, rows: Dataset, model: PreTrainedModel) -> None:
                 f"{name} has {len(without)} rows whose prompt_length is as long as input_ids, so they have no answer (row {without[0]} "
                 "is the first): leave them out"
             )
+
+
+def check_bound(max_length: int | None, task: Task | None, *given: Any) -> None:
+    """
+    Args:
+        given: The data sets as they were passed.
+
+    Raises:
+        `ValueError`: if there is a bound, and rows without a text that it would cut.
+    """
+    if max_length is None:
+        return
+    if task is not None and "max_length" not in task.limits:
+        raise ValueError(f"max_length is {max_length}, and rows are pictures: leave it out")
+    sets = [
+        rows for each in given for rows in (each.values() if isinstance(each, dict) else [each]) if rows is not None
+    ]
+    if task is None or any(encoded(rows) for rows in sets):
+        raise ValueError(
+            f"max_length is {max_length}, and rows are a model's inputs already: cut them as they are made, or pass raw rows"
+        )
 
 
 def labels_of(batch: dict[str, Tensor]) -> Tensor:

@@ -23,6 +23,9 @@ class DefenseConfig(TrainingArguments):
             Prompt of such a model, with `{text}` in it.
         system_prompt (`str`, *optional*):
             For instructions: what the system says before every prompt; what the chat template has by itself by default.
+        max_length (`int`, *optional*):
+            Tokens of a raw row's text (or prompt) that are kept, counted before template, answer and triggers are put to it; all by
+            default.
         dataset_num_proc (`int`, *optional*):
             Processes that tokenize (and split, and stamp) the rows.
         pad_to_multiple_of (`int`, *optional*):
@@ -45,6 +48,9 @@ class DefenseConfig(TrainingArguments):
     system_prompt: str | None = field(
         default=None, metadata={"help": "Instructions: what the system says before every prompt."}
     )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a raw row's text that are kept; all by default."}
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the rows."})
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Rounds the length of every batch up to a multiple of this."}
@@ -55,6 +61,8 @@ class DefenseConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         choose("augmentation", self.augmentation, AUGMENTATIONS)
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, and the losses here know none: leave it at 0"

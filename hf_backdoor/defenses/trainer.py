@@ -8,17 +8,14 @@ however the step is cut into micro-batches and spread over processes.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import TrainOutput
@@ -30,7 +27,6 @@ from ..data import (
     Task,
     auto_class,
     base_model,
-    check_lengths,
     collator_for,
     encoded,
     infer_task,
@@ -39,17 +35,25 @@ from ..data import (
     reads_mean,
     tell_padding,
 )
-from .arguments import check_arguments, check_checkpointing, check_other, check_rows, check_trained, labels_of
+from .arguments import (
+    check_arguments,
+    check_bound,
+    check_checkpointing,
+    check_other,
+    check_rows,
+    check_trained,
+    labels_of,
+)
 from .autocast import inputs_as_they_are, keep_as_multiplied
-from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 from .divergence import check_losses, check_weights, sound_attention
 from .engines import SHARDED, check_engine, gather, layer_classes, shared_out
 from .losses import answer_cross_entropy, label_cross_entropy
+from .raw_rows import RawRowsTrainer
 from .streams import check_streams
 
 
-class DefenseTrainer(CheckpointTrainer):
+class DefenseTrainer(RawRowsTrainer):
     """
     `Trainer` with a loss that is right under gradient accumulation and several processes, for classifiers (of texts or
     images) and causal LMs. Used as it is, it is plain supervised fine-tuning.
@@ -119,8 +123,9 @@ class DefenseTrainer(CheckpointTrainer):
         self.teacher_model = teacher_model
         self.positions = learned_positions(base_model(model))
         self._component_sums: dict[str, Tensor] = {}
-        train_rows = self.prepare_train(train_dataset, processing_class)
-        eval_rows = self.prepare_eval(eval_dataset, processing_class)
+        check_bound(args.max_length, task, train_dataset, eval_dataset)
+        train_rows = self.prepare_train(self.bounded(train_dataset, processing_class), processing_class)
+        eval_rows = self.prepare_eval(self.bounded(eval_dataset, processing_class), processing_class)
         set_seed(args.seed)
         self.prepare_model(base_model(model))
         tell_padding(base_model(model), processing_class)
@@ -166,36 +171,6 @@ class DefenseTrainer(CheckpointTrainer):
         if isinstance(dataset, dict):
             return {name: self.encode_rows(rows, processor) for name, rows in dataset.items()}
         return self.encode_rows(dataset, processor)
-
-    def encode_rows(self, dataset: Rows | None, processor: Processor) -> Rows | None:
-        """Rows as the model reads them.
-
-        Raises:
-            `ValueError`: if it can't read one to its end.
-        """
-        rows = self.tokenized(dataset, processor)
-        check_lengths(rows, self.positions)
-        return rows
-
-    def tokenized(self, dataset: Rows | None, processor: Processor) -> Rows | None:
-        if dataset is None or self.task is None or encoded(dataset):
-            return dataset
-        with self.one_process_first():
-            return self.task.encode_rows(dataset, processor, self.args.dataset_num_proc)
-
-    @staticmethod
-    def one_process_first() -> AbstractContextManager[None]:
-        """One process of each machine makes the maps in it, and the others find them in the cache. It may be nested."""
-        return PartialState().local_main_process_first()
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        raw = isinstance(eval_dataset, Dataset)
-        return super().get_eval_dataloader(
-            self.encode_rows(eval_dataset, self.processing_class) if raw else eval_dataset
-        )
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(self.encode_rows(test_dataset, self.processing_class))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

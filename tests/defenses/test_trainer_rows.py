@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import tiny
+import topics
 import torch
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from hf_backdoor.attacks import EmbeddingPoisoningTrainer
-from hf_backdoor.data import load_rows, take_rows
+from hf_backdoor.data import ImageClassification, load_rows, take_rows
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.defenses.locphylax import LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
@@ -151,6 +152,54 @@ def test_rows_beyond_the_last_position_are_refused(name, method, model, most, tm
         trainer(most + 3 - own)
     with pytest.raises(ValueError, match=line):
         trainer(most + 3 - own, "eval_dataset")
+
+
+# Words at the end make a row longer than the models here have positions for.
+def longer(rows, column="text"):
+    return rows.map(lambda row: {column: f"{row[column]} {' '.join(['bad'] * 70)}"})
+
+
+@pytest.mark.parametrize("method", ["plain", "both", "retrain"])
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_max_length_cuts_texts_before_anything_is_put_into_them(name, method, tmp_path):
+    if method == "retrain":
+        name = "label_words" if name == "instruction_following" else name
+    family, task, rows = tiny.setting(name, 16)
+    by_hand = task.bounded(longer(rows, task.input_column), tiny.tokenizer(family), max_length=9)
+    expected = tiny.trainer(name, method, tmp_path, train_dataset=by_hand, eval_dataset=by_hand)
+    rows = longer(rows, task.input_column)
+    held_out = {"held out": rows} if method == "plain" else rows
+    made = tiny.trainer(name, method, tmp_path, train_dataset=rows, eval_dataset=held_out, max_length=9)
+    assert made.train_dataset["input_ids"][:] == expected.train_dataset["input_ids"][:]
+    expected.train(), made.train()
+    assert tiny.logged(made, "loss") == tiny.logged(expected, "loss")
+    # Rows that come later are cut as well.
+    if method == "plain":
+        assert made.evaluate(rows)["eval_loss"] == expected.evaluate(by_hand)["eval_loss"]
+        assert (made.predict(rows).predictions == expected.predict(by_hand).predictions).all()
+
+
+def test_max_length_cuts_all_rows_that_nt_ml_reads(tmp_path):
+    rows, clean = longer(topics.texts(16)), longer(topics.clean_rows("sequence_classification"))
+    for stage in topics.STAGES:
+        more = {"clean_dataset": clean} if stage == "relabel" else {}
+        topics.trainer(
+            "sequence_classification", stage, tmp_path, train_dataset=rows, max_length=9, max_steps=1, **more
+        ).train()
+
+
+def test_max_length_is_refused_where_nothing_would_be_cut(tmp_path):
+    _, task, rows = tiny.setting("label_words", 8)
+    tokens = task.encode_rows(rows, tiny.tokenizer("llama"))
+    line = "^max_length is 9, and rows are a model's inputs already: cut them as they are made, or pass raw rows$"
+    for given in ({"train_dataset": tokens}, {"eval_dataset": {"held out": tokens}}):
+        with pytest.raises(ValueError, match=line):
+            tiny.trainer("label_words", "plain", tmp_path, max_length=9, **given)
+    pictures = {"max_length": 9, "task": ImageClassification(3), "train_dataset": tiny.pictures(8)}
+    with pytest.raises(ValueError, match="^max_length is 9, and rows are pictures: leave it out$"):
+        topics.trainer("images", "non_target", tmp_path, model=tiny.resnet(), **pictures)
+    with pytest.raises(ValueError, match="^max_length is 0: it must be at least 1$"):
+        tiny.trainer("label_words", "plain", tmp_path, max_length=0)
 
 
 def test_computed_positions_have_no_end(tmp_path):

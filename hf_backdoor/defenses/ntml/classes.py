@@ -98,7 +98,7 @@ class ClassTrainer(DefenseTrainer):
         Returns:
             `Tensor`: [N, ...] on the CPU, in the order of the rows, the same on every process.
         """
-        dataset = self._remove_unused_columns(self.encode_rows(dataset, self.processing_class))
+        dataset = self._remove_unused_columns(self.encode_new(dataset))
         order = list(range(len(dataset)))
         if "input_ids" in dataset.column_names:
             lengths = row_lengths(dataset)

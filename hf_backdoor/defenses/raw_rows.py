@@ -1,0 +1,63 @@
+"""[`RawRowsTrainer`]: rows as they came, and how they become what a model reads."""
+
+from contextlib import AbstractContextManager
+
+from accelerate import PartialState
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from ..data import Processor, Rows, Task, check_lengths, encoded
+from .checkpoints import CheckpointTrainer
+from .config import DefenseConfig
+
+
+class RawRowsTrainer(CheckpointTrainer):
+    """Cuts and encodes raw rows, whenever they come; rows that are a model's inputs already stay as they are."""
+
+    args: DefenseConfig
+    # How rows become the model's inputs; nothing where they are already, and tokens that the model has positions for.
+    task: Task | None
+    positions: int | None
+
+    def bounded(
+        self, dataset: Rows | dict[str, Dataset] | None, processor: Processor
+    ) -> Rows | dict[str, Dataset] | None:
+        """Raw rows with their texts cut to `max_length`, before anything is put into them: no trigger is ever cut away."""
+        if isinstance(dataset, dict):
+            return {name: self.bounded(rows, processor) for name, rows in dataset.items()}
+        if dataset is None or self.args.max_length is None or self.task is None or encoded(dataset):
+            return dataset
+        with self.one_process_first():
+            return self.task.bounded(dataset, processor, self.args.dataset_num_proc, max_length=self.args.max_length)
+
+    def encode_rows(self, dataset: Rows | None, processor: Processor) -> Rows | None:
+        """Rows as the model reads them.
+
+        Raises:
+            `ValueError`: if it can't read one to its end.
+        """
+        rows = self.tokenized(dataset, processor)
+        check_lengths(rows, self.positions)
+        return rows
+
+    def tokenized(self, dataset: Rows | None, processor: Processor) -> Rows | None:
+        if dataset is None or self.task is None or encoded(dataset):
+            return dataset
+        with self.one_process_first():
+            return self.task.encode_rows(dataset, processor, self.args.dataset_num_proc)
+
+    @staticmethod
+    def one_process_first() -> AbstractContextManager[None]:
+        """One process of each machine makes the maps in it, and the others find them in the cache. It may be nested."""
+        return PartialState().local_main_process_first()
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        raw = isinstance(eval_dataset, Dataset)
+        return super().get_eval_dataloader(self.encode_new(eval_dataset) if raw else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self.encode_new(test_dataset))
+
+    def encode_new(self, dataset: Dataset) -> Dataset:
+        """Rows that come after training has been set up."""
+        return self.encode_rows(self.bounded(dataset, self.processing_class), self.processing_class)
