@@ -27,6 +27,9 @@ NOT_READ = {
 # Nor what asks no teacher (`takes_teacher`).
 NO_TEACHER = {"teacher_model": "leave it out, or take a trainer that distils, for example RobustKDTrainer"}
 
+# What a task says itself, where one is passed, and its own name for it.
+OF_THE_TASK = {"label_words": "words", "prompt_template": "template", "system_prompt": "system_prompt"}
+
 
 def check_arguments(
     trainer: "DefenseTrainer", model: Any, args: Any, peft_config: PeftConfig | None, others: dict[str, Any]
@@ -104,6 +107,19 @@ def _check_answers(name: str, rows: Dataset, model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name} has {len(without)} rows whose prompt_length is as long as input_ids, so they have no answer (row {without[0]} "
                 "is the first): leave them out"
+            )
+
+
+def check_task(args: DefenseConfig, task: Task | None) -> None:
+    """
+    Raises:
+        `ValueError`: if the arguments say something else than the task that was passed: they would not be read.
+    """
+    for argument, name in OF_THE_TASK.items():
+        said, own = getattr(args, argument), getattr(task, name, None)
+        if said is not None and hasattr(task, name) and said != (list(own) if isinstance(own, tuple) else own):
+            raise ValueError(
+                f"{argument} is {said!r}, and the task that is given has {own!r}: leave one of the two out"
             )
 
 

@@ -41,6 +41,7 @@ from .arguments import (
     check_checkpointing,
     check_other,
     check_rows,
+    check_task,
     check_trained,
     labels_of,
 )
@@ -119,6 +120,7 @@ class DefenseTrainer(RawRowsTrainer):
         known = data_collator is None or ours
         if task is None and known and rows is not None and not encoded(rows):
             task = infer_task(base_model(model), rows, args.label_words, args.prompt_template, args.system_prompt)
+        check_task(args, task)
         self.task = task
         self.teacher_model = teacher_model
         self.positions = learned_positions(base_model(model))

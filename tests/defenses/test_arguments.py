@@ -231,6 +231,24 @@ def test_what_would_not_be_read_is_refused(tmp_path):
         DefenseTrainer(model=tiny.model("bert"), compute_loss_func=lambda *_: 0, **given)
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("label_words", {"label_words": ["no", "yes"]}),
+        ("label_words", {"prompt_template": "{text} is"}),
+        ("instruction_following", {"system_prompt": "Be kind."}),
+    ],
+)
+def test_arguments_do_not_contradict_the_task(name, said, tmp_path):
+    """A task that is given went before them, without a word."""
+    (argument,) = said
+    with pytest.raises(
+        ValueError, match=f"^{argument} is .*, and the task that is given has .*: leave one of the two"
+    ):
+        tiny.trainer(name, "plain", tmp_path, **said)
+    tiny.trainer("label_words", "plain", tmp_path, label_words=list(tiny.LABEL_WORDS), prompt_template=tiny.TEMPLATE)
+
+
 def test_arguments_of_the_stock_trainer_are_told_what_to_be(tmp_path):
     with pytest.raises(ValueError, match="args is a TrainingArguments: pass a DefenseConfig"):
         DefenseTrainer(tiny.model("bert"), TrainingArguments(str(tmp_path)), processing_class=tiny.encoder_tokenizer())
