@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import shapes
+import torch
 import yaml
 from measuring import DEVICE, StepMeter, clock, synchronize, train
 
 from hf_backdoor import DefenseTrainer
 from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLTrainer
+from hf_backdoor.defenses.ntml.likeness import look_alikes, looks
+from hf_backdoor.defenses.ntml.states import SplitClass
 from hf_backdoor.defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer, student_from_layers
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLEAN_FRACTIONS = (0.01, 0.05)
-# NT-ML's last stages: two networks go over the rows, and one is trained plainly on them.
+# NT-ML's last stages: networks go over the rows, and one is trained plainly on them.
 CORRECTIONS = {"second_look": "relabel", "third_look": "relabel_again"}
 
 
@@ -39,12 +42,37 @@ def step_seconds(trainer: DefenseTrainer) -> float:
     return statistics.median(meter.seconds[2:])
 
 
+def seconds_of_looks(trainer: NonTargetTrainer) -> float:
+    """For all of its rows."""
+
+    def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return looks(trainer.forward(trainer.model, batch, output_hidden_states=True).hidden_states, batch)
+
+    trainer.model.eval()
+    start = clock()
+    trainer.over_rows(trainer.train_dataset, work)
+    synchronize()
+    trainer.model.train()
+    return clock() - start
+
+
+def seconds_of_look_alikes(rows: int, width: int, classes: int) -> float:
+    """Among rows of which a tenth stands apart in one class."""
+    generator = torch.Generator().manual_seed(0)
+    given, apart = torch.arange(rows) % classes, torch.zeros(rows, dtype=torch.bool)
+    given[: rows // 10], apart[: rows // 10] = 0, True
+    seen = torch.randn(rows + rows // 100, width, generator=generator)
+    start = clock()
+    look_alikes(SplitClass(0, apart, 1.0, (0, 1)), given, seen[:rows], seen[rows:])
+    return clock() - start
+
+
 def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     """A short training on the suspect rows for the soft labels, these, training on these, mutual learning, and twice a look at all
     rows and a training on them with corrected labels: all of it over plain training, with 1% and with 5% of clean rows.
 
-    Rows, batches and epochs are those of `recipes/ntml/agnews_minilm.yaml`; a step of each training, and the soft labels of
-    some batches, are measured and multiplied.
+    Rows, batches and epochs are those of `recipes/ntml/agnews_minilm.yaml`; a step of each training, and the soft labels and looks of
+    some batches, are measured and multiplied. To find look-alikes among all rows is measured as it is.
     """
     recipe = yaml.safe_load((RECIPES / "ntml" / "agnews_minilm.yaml").read_text())
     batch, count, stages = recipe["per_device_train_batch_size"], recipe["max_train_samples"], recipe["stages"]
@@ -56,6 +84,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     second = prepared(
         NonTargetTrainer, kind, model=shapes.small_model(kind, smoke), train_dataset=rows, teacher_model=plain.model, **options
     )  # fmt: skip
+    looking = seconds_of_looks(second)
     start = clock()
     second.train_dataset = second.with_teacher_logits(second.train_dataset)
     synchronize()
@@ -63,8 +92,13 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
     costs["non_target"] = step_seconds(second)
     mutual = prepared(NTMLTrainer, kind, model=second.model, train_dataset=rows, target_model=plain.model, **options)
     costs["mutual"] = step_seconds(mutual)
-    for look, training in CORRECTIONS.items():
-        costs |= {look: 2 * costs["soft_labels"], training: costs["target"]}
+    # The first look is that of three networks: what the rows are, which stand apart, and which look like those. The other takes over
+    # which these are.
+    costs["third_look"] = costs["soft_labels"]
+    costs["second_look"] = 2 * costs["soft_labels"] + looking / options["max_steps"]
+    costs |= dict.fromkeys(CORRECTIONS.values(), costs["target"])
+    width = plain.model.config.get_text_config().hidden_size
+    alike = seconds_of_look_alikes(count, 4 * width, len(shapes.LABELS))
     made = []
     for fraction in CLEAN_FRACTIONS:
         passes = {
@@ -75,7 +109,7 @@ def ntml(kind: str, words: int, smoke: bool) -> list[dict[str, Any]]:
         }
         for look, training in CORRECTIONS.items():
             passes |= {look: 1, training: stages[training]["num_train_epochs"]}
-        seconds = {name: passes[name] * count / batch * costs[name] for name in passes}
+        seconds = {name: passes[name] * count / batch * costs[name] for name in passes} | {"look_alikes": alike}
         trained = stages["suspect"]["num_train_epochs"] * count / batch * costs["target"]
         made.append(
             {

@@ -40,6 +40,9 @@ PUBLISHING = ("hub_model_id", "hub_private_repo")
 UPLOADING = ("hub_strategy", "hub_always_push", "hub_revision")
 OF_TEST_ROWS = ("test_split", "test_row_filter")
 
+# How something is looked for, and the input by which a stage takes over what another one has found.
+FOUND_EARLIER = {"look_alikes": "found_split"}
+
 ATTACKS = ("data_poisoning", "lwp", "ep")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -219,6 +222,11 @@ def _check_stages(recipe: Recipe) -> set[str]:
             if key not in takers[stage].__dataclass_fields__:
                 raise ValueError(
                     f"stages.{stage}.{key} is {own[key]!r}, and this stage has no such argument: leave it out"
+                )
+            if key in FOUND_EARLIER and FOUND_EARLIER[key] in steps[stage].inputs:
+                maker = steps[stage].inputs[FOUND_EARLIER[key]]
+                raise ValueError(
+                    f"stages.{stage}.{key} is {own[key]!r}, and this stage takes over what {maker} has found: set it for the whole run"
                 )
         for key in ON_HELD_OUT:
             # For the whole run it says how stages on clean rows are evaluated. One that reads others has none held out.

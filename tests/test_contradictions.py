@@ -86,6 +86,10 @@ def test_contradictions_are_refused(values, line):
         ({**DEFENSE, "eval_steps": 4}, "eval_steps is 4.0, and no rows are held out: set held_out_samples"),
         ({**DEFENSE, **HELD_OUT, "eval_steps": 4}, "eval_steps is 4.0, and eval_strategy is 'no': set eval_strategy: steps, or"),
         ({**DEFENSE, "method": "robustkd", "student_layers": 1, "mask_patience": 2}, "mask_patience is 2, and eval_strategy is 'no': set eval_strategy"),
+        (
+            {"method": "ntml", "clean_dataset_name": "x", "relabel_below": 0.2, "stages": {"relabel_again": {"look_alikes": True}}},
+            "stages.relabel_again.look_alikes is True, and this stage takes over what relabel has found: set it for the whole",
+        ),
         ({**ATTACK, **DEFENSE, "method": "ntml", "look_alikes": True}, "look_alikes is True, and relabel_below is 0, which leaves out the"),
         ({**ATTACK, **HELD_OUT, "eval_strategy": "epoch"}, "eval_strategy is 'epoch', and there is no defense, of whose clean rows"),
         (

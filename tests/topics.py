@@ -96,7 +96,7 @@ def trainer(
     """A trainer of one of `FORMATS` and `STAGES` on 16 rows; `options` go to configuration or trainer."""
     argument = "target_model" if stage == "mutual" else "teacher_model"
     names = (
-        "model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", "optimizers", argument, "poisoned_model", "clean_dataset",
+        "model", "train_dataset", "eval_dataset", "peft_config", "data_collator", "task", "optimizers", argument, "poisoned_model", "clean_dataset", "found_split",
     )  # fmt: skip
     own = {key: options.pop(key) for key in names if key in options}
     if name == "images":
@@ -109,7 +109,7 @@ def trainer(
     models = {"model": network(name, model_seed, dropout), argument: network(name, other, dropout)}
     # A fresh network says much the same of every class, and there would be little to learn from it.
     sharpen(models[argument])
-    if stage == "relabel":
+    if stage == "relabel" and "found_split" not in own:
         given["clean_dataset"], models["poisoned_model"] = clean_rows(name), network(name, POISONED, dropout)
     defaults = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,

@@ -28,21 +28,23 @@ def mutual(target: str = "early_target") -> Step:
     return Step(NTMLTrainer, inputs={"target_model": target})
 
 
-def relabel(teacher: str | None, **overrides: Any) -> Step:
+def relabel(teacher: str | None, found_by: str | None = None, **overrides: Any) -> Step:
+    """Rows apart are looked for by early T and the clean rows, or taken from the stage that has found them."""
     teachers = {} if teacher is None else {"teacher_model": teacher}
+    told_by = {"poisoned_model": "early_target"} if found_by is None else {"found_split": found_by}
     return Step(
         RelabellingTrainer,
         overrides,
         starts_from="base",
-        inputs={"poisoned_model": "early_target", **teachers},
+        inputs={**told_by, **teachers},
         rows="suspect",
-        with_clean=True,
+        with_clean=found_by is None,
         only_with="relabel_below",
     )
 
 
 # Ours. The network that comes of the first training knows the task better than mutual learning's did, and so what rows are.
-CORRECTED = {"relabel": relabel("mutual"), "relabel_again": relabel("relabel")}
+CORRECTED = {"relabel": relabel("mutual"), "relabel_again": relabel("relabel", "relabel")}
 
 METHOD = Method(
     config=NTMLConfig,
@@ -57,9 +59,9 @@ METHOD = Method(
         },
         "without_look_alikes": {
             "relabel": relabel("mutual", look_alikes=False),
-            "relabel_again": relabel("relabel", look_alikes=False),
+            "relabel_again": relabel("relabel", "relabel", look_alikes=False),
         },
-        "states_alone": {"relabel_again": relabel(None)},
+        "states_alone": {"relabel_again": relabel(None, "relabel")},
         "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": mutual("suspect"), **CORRECTED},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),

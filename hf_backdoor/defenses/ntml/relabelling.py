@@ -23,7 +23,7 @@ from ...data.mapping import encoded
 from ..arguments import check_other
 from .classes import ClassTrainer, feature_states
 from .likeness import look_alikes, looks
-from .states import SplitClass, split_class
+from .states import TABLE, SplitClass, as_table, split_class, split_in
 
 
 logger = logging.get_logger(__name__)
@@ -50,36 +50,46 @@ class RelabellingTrainer(ClassTrainer):
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`DefenseTrainer`]; `train_dataset` is the suspect rows. The model must not come from the target
             network, or it would bring the backdoor along: start from what the target network was trained from.
-        poisoned_model (`PreTrainedModel` or `str`):
+        poisoned_model (`PreTrainedModel` or `str`, *optional*):
             A network that was trained on the suspect rows as they are: its states tell rows apart.
-        clean_dataset (`Dataset`):
+        clean_dataset (`Dataset`, *optional*):
             Clean rows: they tell which of the two groups is the attacker's.
+        found_split ([`SplitClass`] or `str`, *optional*):
+            In place of these two, what an earlier training on the same rows has found ([`split`]), or the folder in which a run keeps it.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
             The network that says what rows are: what mutual learning ended with, or what an earlier training of this kind made.
 
     Raises:
-        `ValueError`: if answers are free texts, if there are two classes only, if `poisoned_model` or `clean_dataset` is missing,
-            if rows for a causal LM are tokenized, or under DeepSpeed ZeRO-3 with `look_alikes`.
+        `ValueError`: if answers are free texts, if there are two classes only, if nothing is there to tell rows apart by, or more than
+            would be read, if rows for a causal LM are tokenized, or under DeepSpeed ZeRO-3 with `look_alikes`.
     """
 
     takes_teacher = True
     # Which rows have another label or are left out, and which class it is, once `train()` has begun.
     changes: Dataset | None = None
     split: SplitClass | None = None
+    _found: dict[str, Dataset] = {}
 
     def __init__(
         self,
         *args: Any,
         poisoned_model: PreTrainedModel | str | None = None,
         clean_dataset: Dataset | None = None,
+        found_split: SplitClass | str | None = None,
         **kwargs: Any,
     ):
-        self.poisoned_model, self.clean_dataset = poisoned_model, clean_dataset
+        self.poisoned_model, self.clean_dataset, self.found_split = poisoned_model, clean_dataset, found_split
         super().__init__(*args, **kwargs)
         for name, value in {"poisoned_model": poisoned_model, "clean_dataset": clean_dataset}.items():
-            if value is None:
+            if value is None and found_split is None:
                 what = "the network that was trained on the rows" if name == "poisoned_model" else "a few clean rows"
                 raise ValueError(f"{name} is None: pass {what}, to tell by which of them lie")
+            if value is not None and found_split is not None:
+                raise ValueError(
+                    f"{name} is given, and found_split, which tells by itself which rows lie: leave one of them out"
+                )
+        if found_split is not None:
+            return
         if self.args.look_alikes and is_deepspeed_zero3_enabled():
             raise ValueError(
                 "look_alikes is True, and DeepSpeed ZeRO-3 leaves no process the whole model to look at rows with: use ZeRO-2, DDP or "
@@ -103,8 +113,8 @@ class RelabellingTrainer(ClassTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def findings(self, suspect_rows: Dataset | None) -> dict[str, Dataset]:
-        """The list of changes."""
-        return {} if self.changes is None else {"relabelled": self.changes}
+        """The list of changes and, of a training that looked for them, the rows apart."""
+        return {} if self.changes is None else {"relabelled": self.changes, **self._found}
 
     def _states(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
         """Given labels [N], their probability by a network [N], and its last hidden states [N, D]."""
@@ -126,20 +136,29 @@ class RelabellingTrainer(ClassTrainer):
 
         return self.over_rows(dataset, work)
 
-    def _relabelled(self, dataset: Dataset) -> Dataset:
+    def _find_split(self, dataset: Dataset) -> SplitClass | None:
+        """By what the poisoned network sees in the rows and, with `look_alikes`, by what the model sees in them as it is."""
         # Not kept: nothing asks it again while the training runs.
         poisoned = self.frozen(self.poisoned_model)
         self.check_network(self.model, poisoned, "poisoned_model")
         given, likelihood, states = self._states(poisoned, dataset)
         clean_labels, _, clean_states = self._states(poisoned, self.clean_dataset)
         del poisoned
-        self.split = split_class(states, given, likelihood, clean_states, clean_labels)
-        if self.split is not None and self.args.look_alikes:
-            untrained = self.frozen(copy.deepcopy(base_model(self.model)))
-            seen, clean_seen = self._looks(untrained, dataset), self._looks(untrained, self.clean_dataset)
-            alike = look_alikes(self.split, given, seen, clean_seen)
-            self.split = replace(self.split, apart=self.split.apart | alike)
-            del untrained
+        split = split_class(states, given, likelihood, clean_states, clean_labels)
+        if split is None or not self.args.look_alikes:
+            return split
+        untrained = self.frozen(copy.deepcopy(base_model(self.model)))
+        seen, clean_seen = self._looks(untrained, dataset), self._looks(untrained, self.clean_dataset)
+        return replace(split, apart=split.apart | look_alikes(split, given, seen, clean_seen))
+
+    def _relabelled(self, dataset: Dataset) -> Dataset:
+        given = self.over_rows(dataset, self.given_labels)
+        if self.found_split is None:
+            self.split = self._find_split(dataset)
+            self._found = {TABLE: as_table(self.split, len(dataset))}
+        else:
+            named = isinstance(self.found_split, str)
+            self.split = split_in(self.found_split, len(dataset)) if named else self.found_split
         if self.split is None:
             logger.warning(
                 "No class's states fall in two groups one of which clean rows avoid: "

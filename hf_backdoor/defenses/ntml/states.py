@@ -5,8 +5,10 @@ its last states show which.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from datasets import Dataset
 from scipy.stats import binom
 from torch import Tensor
 
@@ -17,6 +19,8 @@ ONE_GROUP = 2 / math.pi
 FALLS_APART = 1.0
 # Below which a probability is taken for chance no more.
 CHANCE = 0.05
+# The table in which a run keeps what was found, and its file.
+TABLE = "rows_apart"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,35 @@ class SplitClass:
     apart: Tensor
     separation: float
     clean: tuple[int, int]
+
+
+def as_table(split: SplitClass | None, rows: int) -> Dataset:
+    """Of all rows, whether each is apart, and what is known of the class; the same of no class where nothing fell apart."""
+    label, separation, clean = (-1, 0.0, (0, 0)) if split is None else (split.label, split.separation, split.clean)
+    apart = [False] * rows if split is None else split.apart.tolist()
+    of_the_class = {"label": label, "separation": separation, "clean_apart": clean[0], "clean": clean[1]}
+    return Dataset.from_dict({"apart": apart, **{name: [value] * rows for name, value in of_the_class.items()}})
+
+
+def split_in(folder: str, rows: int) -> SplitClass | None:
+    """What [`as_table`] was made of, in the folder of the stage that found it.
+
+    Raises:
+        `ValueError`: if it is not there, or of other rows.
+    """
+    file = Path(folder, f"{TABLE}.parquet")
+    if not file.is_file():
+        raise ValueError(f"found_split is {folder!r}, where no {file.name} is: pass the folder of a relabelling stage")
+    table = Dataset.from_parquet(str(file), keep_in_memory=True)
+    if len(table) != rows:
+        raise ValueError(
+            f"found_split is of {len(table)} rows, and train_dataset has {rows}: pass what was found in these"
+        )
+    first = table[0]
+    if first["label"] < 0:
+        return None
+    clean = (first["clean_apart"], first["clean"])
+    return SplitClass(first["label"], torch.tensor(table["apart"][:]), first["separation"], clean)
 
 
 def split_class(

@@ -156,6 +156,50 @@ def test_what_tells_rows_apart_must_be_there(missing, tmp_path):
         topics.trainer("label_words", "relabel", tmp_path, **{missing: None})
 
 
+@pytest.mark.parametrize("name", topics.FORMATS)
+@pytest.mark.parametrize("falls_apart", [True, False], ids=["a class falls apart", "none does"])
+def test_what_was_found_once_is_taken_over(name, falls_apart, tmp_path):
+    """It changes the same rows, and no network but the teacher goes over them again."""
+    rows = topics.planted(name, 64) if falls_apart else None
+    options = {"max_steps": 2, "relabel_below": 0.2, **({"train_dataset": rows} if falls_apart else {})}
+    first = topics.trainer(name, "relabel", tmp_path, look_alikes=True, **options)
+    first.train()
+    assert (first.split is not None) == falls_apart
+    folder = tmp_path / "found"
+    folder.mkdir()
+    for table, listed in first.findings(None).items():
+        listed.to_parquet(folder / f"{table}.parquet")
+    for found in (str(folder), first.split) if falls_apart else (str(folder),):
+        again = topics.trainer(name, "relabel", tmp_path, found_split=found, **options)
+        again.train()
+        assert again.changes.to_dict() == first.changes.to_dict() and again.poisoned_model is None
+        assert list(again.findings(None)) == ["relabelled"]
+        assert tiny.largest_difference(tiny.parameters(again.model), tiny.parameters(first.model)) == 0
+
+
+def test_what_was_found_is_of_the_same_rows_and_there(tmp_path):
+    first = topics.trainer("sequence_classification", "relabel", tmp_path, max_steps=1)
+    first.train()
+    first.findings(None)["rows_apart"].to_parquet(tmp_path / "rows_apart.parquet")
+
+    def again(folder, **options):
+        return topics.trainer("sequence_classification", "relabel", tmp_path, found_split=str(folder), **options)
+
+    with pytest.raises(
+        ValueError, match="^found_split is of 16 rows, and train_dataset has 8: pass what was found in"
+    ):
+        again(tmp_path, train_dataset=topics.texts(8)).train()
+    with pytest.raises(
+        ValueError, match=f"^found_split is '{tmp_path}/none', where no rows_apart.parquet is: pass the"
+    ):
+        again(tmp_path / "none").train()
+    for name in ("poisoned_model", "clean_dataset"):
+        with pytest.raises(ValueError, match=f"^{name} is given, and found_split, which tells by itself"):
+            again(
+                tmp_path, **{name: topics.texts(8) if name == "clean_dataset" else tiny.model("bert", 3, num_labels=4)}
+            )
+
+
 def test_looks_need_a_whole_model(tmp_path):
     def work():
         with pytest.raises(
