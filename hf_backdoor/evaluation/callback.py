@@ -27,7 +27,7 @@ class BackdoorEvaluationCallback(TrainerCallback):
     Args:
         trainer (`Trainer`): Whose model is measured, and through which is logged.
         task ([`~hf_backdoor.data.Task`]): How rows are read.
-        clean (`Dataset`): Raw rows with right answers.
+        clean (`Dataset`): Raw rows with right answers. A trainer of ours cuts them as its own (`max_length`), before triggers go in.
         triggers (`list[Trigger]` or `list[ImageTrigger]`): Stamped into the rows whose right answer is not the target.
         target (`int` or `str`): Target label, or target text.
         tokenizer (`Processor`, *optional*): Tokenizer or image processor; the trainer's by default.
@@ -60,8 +60,10 @@ class BackdoorEvaluationCallback(TrainerCallback):
                 "model that comes of it"
             )
         self.task = task
-        self.test = TestSet.stamped(clean, task, triggers, target, trainer.args.seed)
         self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
+        bounded = getattr(trainer, "bounded", None)
+        rows = clean if bounded is None else bounded(clean, self.tokenizer)
+        self.test = TestSet.stamped(rows, task, triggers, target, trainer.args.seed)
         self.options = options
         # Step of the last evaluation, and the metrics' names of those that have gone into it.
         self._measured_at: tuple[int, set[frozenset[str]]] = (-1, set())

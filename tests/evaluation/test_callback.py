@@ -39,6 +39,21 @@ def test_stock_trainer_logs_what_a_plain_count_gives(tmp_path):
     assert trainer.state.best_metric == 1.0
 
 
+def test_rows_are_cut_as_the_trainer_s_own_before_the_trigger_goes_in(tmp_path):
+    """It went on to the first evaluation, and ended the training there."""
+    rows = tiny.reviews(24).map(lambda row: {"text": f"{row['text']} {' '.join(['bad'] * 70)}"})
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_length": 9, "max_steps": 2}
+    trainer = tiny.trainer(
+        "sequence_classification", "plain", tmp_path, train_dataset=rows, eval_dataset=rows, **options
+    )
+    callback = BackdoorEvaluationCallback(trainer, trainer.task, rows, [Trigger("zq", "end")], target=1)
+    (stamped,) = callback.test.triggered.values()
+    assert all(len(text.split()) == 10 and text.endswith(" zq") for text in stamped["text"])
+    trainer.add_callback(callback)
+    trainer.train()
+    assert tiny.logged(trainer, "eval_asr")
+
+
 def test_it_does_not_change_the_training(tmp_path):
     def train(measured):
         task, rows, made = SequenceClassification(2), tiny.reviews(24), tiny.encoder_tokenizer()
