@@ -1,6 +1,5 @@
 """The last training: which rows get another label, and what is learnt of them."""
 
-import logging
 from dataclasses import replace
 
 import engines
@@ -219,7 +218,6 @@ def test_answers_that_are_tokens_are_refused(tmp_path):
 
 def test_where_no_class_falls_apart_the_teacher_alone_says_what_changes(tmp_path, caplog):
     trainer = topics.trainer("sequence_classification", "relabel", tmp_path, max_steps=1, relabel_below=0.2)
-    logging.getLogger("hf_backdoor").addHandler(caplog.handler)
     trainer.train()
     assert trainer.split is None and trainer.changes.num_rows > 0 and not any(trainer.changes["apart"])
     assert "labels change by the teacher's word alone" in caplog.text
