@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,9 +27,23 @@ def load_saved(model: PreTrainedModel, folder: str | Path) -> None:
 
     `Trainer` reads the file by the names in it, and loses, with no more than a warning, the tensors that a model calls
     otherwise on disk than in memory (ViT): https://github.com/huggingface/transformers/issues/43701.
+
+    Raises:
+        `ValueError`: if the folder has others than the model's, which a user has changed (a head of its own), under the names that it has.
     """
-    saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype).state_dict()
+    if saved.keys() == model.state_dict().keys():
+        model.load_state_dict(saved)
+        return
+    # Not what its class builds: what the class has read is not what lies there.
+    saved = {
+        name: value for file in Path(folder).glob("model*.safetensors") for name, value in load_file(file).items()
+    }
+    missing, unknown = model.load_state_dict(saved, strict=False)
+    if lost := {*missing, *unknown} - {*model.all_tied_weights_keys}:
+        raise ValueError(
+            f"{str(folder)!r} and the model differ in {sorted(lost)[:3]}: pass the model that was saved there"
+        )
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -91,6 +106,11 @@ class CheckpointTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not Path(resume_from_checkpoint).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, and no such folder is there: pass a checkpoint's, or True "
+                "for the last one in output_dir"
+            )
         if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -104,6 +124,7 @@ class CheckpointTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         self.ended = False  # if a rule has, it was another training, or a checkpoint is going to say so
+        self._stepped_loss = torch.zeros(())
         return super()._init_training_state(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -118,6 +139,13 @@ class CheckpointTrainer(Trainer):
             if isinstance(self.train_dataset, IterableDataset):
                 # Where a stream ends in the middle of an optimizer step, what was accumulated would go into the next one.
                 self.model_wrapped.zero_grad()
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self.accelerator.sync_gradients:
+            # The same of the loss of what is thrown away: no step was made of it.
+            tr_loss.copy_(self._stepped_loss)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        self._stepped_loss = tr_loss.clone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
