@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ...data import InstructionFollowing, LabelWords, Task, class_logits, given_labels, row_lengths
+from ...data import InstructionFollowing, LabelWords, Task, base_model, class_logits, given_labels, row_lengths
 from ..arguments import check_alike, check_vocabulary, labels_of
 from ..readout import readout_states
 from ..trainer import DefenseTrainer
@@ -62,6 +62,10 @@ class ClassTrainer(DefenseTrainer):
     def prepare_model(self, model: PreTrainedModel) -> None:
         words = isinstance(self.task, LabelWords)
         refuse_unfit(self.task, self.task.num_labels if words else model.config.num_labels)
+
+    @property
+    def num_classes(self) -> int:
+        return self.task.num_labels if isinstance(self.task, LabelWords) else base_model(self.model).config.num_labels
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
         self.check_network(self.model, teacher, "teacher_model")

@@ -3,7 +3,7 @@
 Mutual learning hears clean rows alone, and there are few of them: its network knows better what suspect rows are not than it
 knows the task (`docs/ntml.md`). So it says so, and a fresh network learns the task from all the rows. That one knows the task better, and
 says so in turn: a second fresh network learns from the rows as the first one sees them. Which rows are in doubt, the states of
-the network tell that the poison was learnt by ([`split_class`]).
+networks tell that the poison was learnt by ([`split_class`]).
 """
 
 import copy
@@ -33,16 +33,20 @@ LEFT_OUT = -1
 # How many times the median class's share of denied rows makes a class stand out.
 OUTLYING = 2.0
 
+# What a network says of N rows: probabilities [N, K] and last hidden states [N, D].
+Seen = tuple[Tensor, Tensor]
+
 
 class RelabellingTrainer(ClassTrainer):
     """
     Trains a network plainly on the suspect rows, some of them with another label than they came with.
 
     A network that was trained on the rows as they are comes to the attacker's label in two ways, and its states fall in two
-    groups there; clean rows avoid one of them, which stands apart. In that class alone labels change, as [`corrected_labels`] says:
-    where the teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left
-    out too. Where no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are
-    left out, and no more. With `look_alikes`, rows that look like those apart to the model, before it is trained, count as such
+    groups there; clean rows avoid one of them, which stands apart. What mutual learning ends with has learnt of them too: of both, that
+    network tells in which a class falls apart more. In that class alone labels change, as [`corrected_labels`] says: where the
+    teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left out too. Where
+    no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are left out, and no
+    more. With `look_alikes`, rows that look like those apart to the model, before it is trained, count as such
     ([`~likeness.look_alikes`]). The networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`]
     is what tells it.
 
@@ -116,17 +120,13 @@ class RelabellingTrainer(ClassTrainer):
         """The list of changes and, of a training that looked for them, the rows apart."""
         return {} if self.changes is None else {"relabelled": self.changes, **self._found}
 
-    def _states(self, network: PreTrainedModel, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
-        """Given labels [N], their probability by a network [N], and its last hidden states [N, D]."""
-
+    def _seen(self, network: PreTrainedModel, dataset: Dataset) -> Seen:
         def work(batch: dict[str, Tensor]) -> Tensor:
             outputs = self.forward(network, batch, hidden_states=[-1])
-            states, given = feature_states(outputs, [-1], batch)[0], self.given_labels(batch)[:, None]
-            likely = self.class_logits(outputs.logits, batch).softmax(dim=1).gather(1, given)
-            return torch.cat([given.float(), likely, states.float()], dim=1)
+            probabilities = self.class_logits(outputs.logits, batch).softmax(dim=1)
+            return torch.cat([probabilities, feature_states(outputs, [-1], batch)[0].float()], dim=1)
 
-        found = self.over_rows(dataset, work)
-        return found[:, 0].long(), found[:, 1], found[:, 2:]
+        return self.over_rows(dataset, work).tensor_split([self.num_classes], dim=1)
 
     def _looks(self, network: PreTrainedModel, dataset: Dataset) -> Tensor:
         """[N, D], what a network sees in the rows ([`~likeness.looks`])."""
@@ -136,15 +136,24 @@ class RelabellingTrainer(ClassTrainer):
 
         return self.over_rows(dataset, work)
 
-    def _find_split(self, dataset: Dataset) -> SplitClass | None:
-        """By what the poisoned network sees in the rows and, with `look_alikes`, by what the model sees in them as it is."""
+    def _split_by(self, network: PreTrainedModel, given: Tensor, seen: Seen) -> SplitClass | None:
+        probabilities, states = seen
+        clean_labels = self.over_rows(self.clean_dataset, self.given_labels)
+        _, clean_states = self._seen(network, self.clean_dataset)
+        likelihood = probabilities.gather(1, given[:, None])[:, 0]
+        return split_class(states, given, likelihood, clean_states, clean_labels)
+
+    def _find_split(self, dataset: Dataset, given: Tensor, by_teacher: Seen | None) -> SplitClass | None:
+        """By what the poisoned network and the teacher see in the rows and, with `look_alikes`, by what the model sees in them as it is."""
         # Not kept: nothing asks it again while the training runs.
         poisoned = self.frozen(self.poisoned_model)
         self.check_network(self.model, poisoned, "poisoned_model")
-        given, likelihood, states = self._states(poisoned, dataset)
-        clean_labels, _, clean_states = self._states(poisoned, self.clean_dataset)
+        splits = [self._split_by(poisoned, given, self._seen(poisoned, dataset))]
         del poisoned
-        split = split_class(states, given, likelihood, clean_states, clean_labels)
+        if by_teacher is not None:
+            splits.append(self._split_by(self.teacher, given, by_teacher))
+        found = [split for split in splits if split is not None]
+        split = max(found, key=lambda split: split.separation, default=None)
         if split is None or not self.args.look_alikes:
             return split
         untrained = self.frozen(copy.deepcopy(base_model(self.model)))
@@ -153,8 +162,9 @@ class RelabellingTrainer(ClassTrainer):
 
     def _relabelled(self, dataset: Dataset) -> Dataset:
         given = self.over_rows(dataset, self.given_labels)
+        by_teacher = None if self.teacher_model is None else self._seen(self.teacher, dataset)
         if self.found_split is None:
-            self.split = self._find_split(dataset)
+            self.split = self._find_split(dataset, given, by_teacher)
             self._found = {TABLE: as_table(self.split, len(dataset))}
         else:
             named = isinstance(self.found_split, str)
@@ -174,10 +184,10 @@ class RelabellingTrainer(ClassTrainer):
                 "is taken for the attacker's. Clean rows of this class would tell."
             )
         apart = torch.zeros_like(given, dtype=torch.bool) if self.split is None else self.split.apart
-        if self.teacher_model is None:
+        if by_teacher is None:
             probabilities, labels = None, given.masked_fill(apart, LEFT_OUT)
         else:
-            probabilities = self.logits_over_rows(self.teacher, dataset).softmax(dim=1)
+            probabilities = by_teacher[0]
             labels = corrected_labels(given, probabilities, self.args.relabel_below, self.split)
         rows, said = (labels != given).nonzero()[:, 0], {}
         if probabilities is not None:
