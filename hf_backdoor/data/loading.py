@@ -248,11 +248,10 @@ def shorten(
     """Cuts a text column to `max_length` tokens. Done before any trigger goes in, so that none is ever cut away."""
 
     def cut(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        encoded = tokenizer(
-            row[column], add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
-        )
+        # Not cut by the tokenizer itself: it may be set to drop the beginning.
+        encoded = tokenizer(row[column], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
-        return {column: row[column][: offsets[-1][1]] if len(offsets) == max_length else row[column]}
+        return {column: row[column][: offsets[max_length - 1][1]] if len(offsets) >= max_length else row[column]}
 
     return map_rows(
         dataset,

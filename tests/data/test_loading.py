@@ -201,6 +201,13 @@ def test_shorten_cuts_to_tokens_and_leaves_short_texts_alone(wordpiece):
     assert cut["label"] == rows["label"]
 
 
+def test_shorten_cuts_the_end_whatever_the_tokenizer_would_drop(wordpiece):
+    wordpiece.truncation_side = "left"
+    rows = Dataset.from_dict({"text": ["the film was very good", "the film"]})
+    assert shorten(rows, "text", wordpiece, 3)["text"] == ["the film was", "the film"]
+    assert wordpiece.truncation_side == "left"
+
+
 def test_split_rows_are_disjoint_and_complete():
     rows = Dataset.from_dict({"text": [str(row) for row in range(20)]})
     splits = split_rows(rows, rows.select([0]), attack=10, clean=6, held_out=4)
