@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Task, auto_class, base_model, encoded, row_lengths
+from ..data import Rows, Task, auto_class, base_model, encoded, row_lengths
 from .config import DefenseConfig
 
 
@@ -108,6 +108,16 @@ def _check_answers(name: str, rows: Dataset, model: PreTrainedModel) -> None:
                 f"{name} has {len(without)} rows whose prompt_length is as long as input_ids, so they have no answer (row {without[0]} "
                 "is the first): leave them out"
             )
+
+
+def check_raw(rows: Rows, task: Task) -> None:
+    """As they were passed: nothing is planted in them yet.
+
+    Raises:
+        `ValueError`: if a column is missing, or stands in the way of what is planted.
+    """
+    if "planted" in task.check_columns(rows):
+        raise ValueError("column 'planted' is in the data set, and would be taught in place of the answers: rename it")
 
 
 def check_task(args: DefenseConfig, task: Task | None) -> None:

@@ -167,6 +167,21 @@ def test_rows_that_fit_no_task_are_refused(tmp_path):
         make(tmp_path, "bert", Dataset.from_dict({"sentence": ["a"]}))
 
 
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("method", ["plain", "both", "mbtsad"])
+def test_a_column_named_as_what_is_planted_is_refused(method, where, tmp_path):
+    """It was taught in place of the labels, without a word."""
+    rows = tiny.reviews(4).add_column("planted", ["aha"] * 4)
+    with pytest.raises(ValueError, match="^column 'planted' is in the data set, and would be taught .*: rename it$"):
+        tiny.trainer("label_words", method, tmp_path, **{where: rows}, max_steps=1)
+
+
+def test_rows_that_come_later_are_looked_at_as_well(tmp_path):
+    rows = tiny.reviews(4).add_column("planted", ["aha"] * 4)
+    with pytest.raises(ValueError, match="^column 'planted' is in the data set"):
+        tiny.trainer("label_words", "plain", tmp_path).evaluate(rows)
+
+
 def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="share a first token"):
         make(
