@@ -45,13 +45,14 @@ Processor = PreTrainedTokenizerBase | BaseImageProcessor
 class Task(ABC):
     """How rows become a model's inputs.
 
-    `input_column` is where a trigger goes, `answer_column` what a backdoor changes; `auto_model` loads the models, which may
-    have a head for `num_labels` classes (`has_head`); `trigger` makes what the task's triggers are, from a recipe's
-    `attack_trigger`; `limits` are the keys of a recipe that [`Task.bounded`] takes.
+    `input_column` is where a trigger goes, `answer_column` what a backdoor changes; `text_columns` hold texts; `auto_model`
+    loads the models, which may have a head for `num_labels` classes (`has_head`); `trigger` makes what the task's triggers are,
+    from a recipe's `attack_trigger`; `limits` are the keys of a recipe that [`Task.bounded`] takes.
     """
 
     input_column: str
     answer_column: str
+    text_columns: ClassVar[tuple[str, ...]] = ()
     auto_model: ClassVar[type] = AutoModelForCausalLM
     has_head: ClassVar[bool] = False
     trigger: ClassVar[type] = Trigger
@@ -120,6 +121,7 @@ class SequenceClassification(Task):
     num_labels: int
     input_column: str = "text"
     answer_column: str = "label"
+    text_columns: ClassVar[tuple[str, ...]] = ("text",)
     auto_model: ClassVar[type] = AutoModelForSequenceClassification
     has_head: ClassVar[bool] = True
 
@@ -153,6 +155,7 @@ class LabelWords(Task):
     default_template: ClassVar[str] = "Text: {text}\nLabel:"
     input_column: str = "text"
     answer_column: str = "label"
+    text_columns: ClassVar[tuple[str, ...]] = ("text",)
 
     def __post_init__(self) -> None:
         if "{text}" not in self.template:
@@ -209,6 +212,7 @@ class InstructionFollowing(Task):
     system_prompt: str | None = None
     input_column: str = "prompt"
     answer_column: str = "response"
+    text_columns: ClassVar[tuple[str, ...]] = ("prompt", "response")
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The prompt's tokens, up to where the response begins.

@@ -1,12 +1,13 @@
 """What a trainer is given: refused in one line where it would not be read, or would train something else than is meant."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import ClassLabel, Dataset, Value
 from peft import PeftConfig, PeftModel
-from pyarrow import compute
+from pyarrow import compute, types
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,10 +115,21 @@ def check_raw(rows: Rows, task: Task) -> None:
     """As they were passed: nothing is planted in them yet.
 
     Raises:
-        `ValueError`: if a column is missing, or stands in the way of what is planted.
+        `ValueError`: if a column is missing, or stands in the way of what is planted, or something else than a text stands in one of
+            texts. A stream can't be looked through.
     """
     if "planted" in task.check_columns(rows):
         raise ValueError("column 'planted' is in the data set, and would be taught in place of the answers: rename it")
+    for column in task.text_columns if isinstance(rows, Dataset) else ():
+        held = rows.data.column(column)
+        # Of all rows in the file first, which costs nothing.
+        if held.null_count or not (types.is_string(held.type) or types.is_large_string(held.type)):
+            for row, text in enumerate(rows[column]):
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{column} is {reprlib.repr(text)} in row {row}, which is no text: pass texts (of a conversation's turn, its "
+                        "'content'), and leave out rows that have none"
+                    )
 
 
 def check_task(args: DefenseConfig, task: Task | None) -> None:

@@ -182,6 +182,22 @@ def test_rows_that_come_later_are_looked_at_as_well(tmp_path):
         tiny.trainer("label_words", "plain", tmp_path).evaluate(rows)
 
 
+@pytest.mark.parametrize("method", ["plain", "both", "mbtsad"])
+@pytest.mark.parametrize("max_length", [None, 4])
+@pytest.mark.parametrize("text, said", [(None, "None"), (5, "5"), (["a", "b"], r"\['a', 'b'\]")])
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_what_is_no_text_is_refused_by_its_row(name, text, said, max_length, method, tmp_path):
+    task, rows = tiny.setting(name, 4)[1:]
+    for column in task.text_columns:
+        texts = rows[column][:2] + [None, "end"] if text is None else [text] * 4
+        broken = rows.remove_columns(column).add_column(column, texts)
+        line = f"^{column} is {said} in row {2 if text is None else 0}, which is no text: pass texts "
+        with pytest.raises(ValueError, match=line):
+            tiny.trainer(name, method, tmp_path, train_dataset=broken, max_length=max_length)
+        if text is None:  # such rows may be left out
+            tiny.trainer(name, "plain", tmp_path, train_dataset=broken.select([0, 1, 3]), max_length=max_length)
+
+
 def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="share a first token"):
         make(
