@@ -162,6 +162,11 @@ class LabelWords(Task):
             raise ValueError(f"prompt_template is {self.template!r}: put {{text}} where the text goes")
         if len(self.words) < 2:
             raise ValueError(f"label_words is {list(self.words)}: give one word for each label, two or more")
+        if not all(isinstance(word, str) and word.strip() for word in self.words):
+            raise ValueError(
+                f"label_words is {list(self.words)}: give each label a text with a visible character (in YAML, 'yes' and 'no' in "
+                "quotes)"
+            )
 
     @property
     def num_labels(self) -> int:
