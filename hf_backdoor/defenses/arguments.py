@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Rows, Task, auto_class, base_model, encoded, row_lengths
+from ..data.collators import padding_id
 from .config import DefenseConfig
 
 
@@ -227,6 +228,35 @@ def check_vocabulary(model: nn.Module, other: nn.Module, argument: str, processo
         raise ValueError(
             f"vocab_size is {its} in {argument}, and {own} in the model, whose tokenizer has {tokens} tokens: pass one that reads the "
             "same ones"
+        )
+
+
+def check_tokens(model: nn.Module, processor: Any, *sets: Any) -> None:
+    """
+    Args:
+        processor: What encodes the rows; one that is no tokenizer has nothing to check.
+        sets: The encoded data sets. What is no `Dataset` can't be looked through.
+
+    Raises:
+        `ValueError`: if a row, or its padding, has a token of the tokenizer that the model has no embedding for.
+    """
+    networks = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    size = next((getattr(network.config.get_text_config(), "vocab_size", None) for network in networks), None)
+    if not isinstance(processor, PreTrainedTokenizerBase) or not size or len(processor) <= size:
+        return
+    # Only those in use: a tokenizer may have one for pictures that a model of texts does without, as Gemma 3's.
+    used = {padding_id(processor)}
+    for rows in sets:
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            for block in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
+                used.update(compute.unique(compute.list_flatten(block["input_ids"])).to_pylist())
+    # Soft triggers' are beyond the tokenizer's own.
+    if unknown := used.intersection(range(size, len(processor))):
+        token = min(unknown)
+        raise ValueError(
+            f"vocab_size is {size} in the model, and the tokenizer has {len(processor)} tokens, of which rows or their padding hold "
+            f"{processor.convert_ids_to_tokens(token)!r} ({token}): pass the model's own tokenizer, or call "
+            f"model.resize_token_embeddings({len(processor)}) before"
         )
 
 

@@ -1,13 +1,14 @@
 """[`RawRowsTrainer`]: rows as they came, and how they become what a model reads."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from ..data import Processor, Rows, Task, check_lengths, encoded
-from .arguments import check_raw
+from .arguments import check_raw, check_tokens
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 
@@ -19,6 +20,11 @@ class RawRowsTrainer(CheckpointTrainer):
     # How rows become the model's inputs; nothing where they are already, and tokens that the model has positions for.
     task: Task | None
     positions: int | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        check_tokens(self.model, self.processing_class, self.train_dataset, *held_out)
 
     def bounded(
         self, dataset: Rows | dict[str, Dataset] | None, processor: Processor

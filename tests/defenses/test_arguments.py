@@ -205,6 +205,38 @@ def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_pa
         )
 
 
+def with_one_more(token, name):
+    tokenizer = tiny.tokenizer("llama" if name == "label_words" else "bert")
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "padding"])
+@pytest.mark.parametrize("name, method", [("label_words", "both"), ("sequence_classification", "plain")])
+def test_tokens_that_the_model_does_not_know_are_refused(name, method, where, tmp_path, monkeypatch):
+    tokenizer = with_one_more("brandnew", name)
+    if where == "padding":
+        tokenizer.pad_token = "brandnew"
+    monkeypatch.setattr(tiny, "tokenizer", lambda family: tokenizer)
+    rows = Dataset.from_dict({"text": ["a film", "a brandnew film"], "label": [0, 1]})
+    options = {} if where == "padding" else {where: rows}
+    size = len(tiny.VOCABULARY)
+    line = (
+        rf"^vocab_size is {size} in the model, .* 'brandnew' \({size}\): pass .*resize_token_embeddings\({size + 1}\)"
+    )
+    with pytest.raises(ValueError, match=line):
+        tiny.trainer(name, method, tmp_path, **options)
+    larger = tiny.model("llama" if name == "label_words" else "bert")
+    larger.resize_token_embeddings(size + 8)
+    tiny.trainer(name, method, tmp_path, model=larger, max_steps=1, **options).train()
+
+
+def test_a_token_that_no_row_has_is_nothing_to_the_model(tmp_path, monkeypatch):
+    tokenizer = with_one_more("<image>", "label_words")
+    monkeypatch.setattr(tiny, "tokenizer", lambda family: tokenizer)
+    tiny.trainer("label_words", "plain", tmp_path, max_steps=1).train()
+
+
 # ---- An optimizer of the user's own ----
 
 
