@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .mapping import Rows, column_names, map_rows
 
@@ -248,11 +249,7 @@ def shorten(
     """Cuts a text column to `max_length` tokens. Done before any trigger goes in, so that none is ever cut away."""
 
     def cut(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        encoded = tokenizer(
-            row[column], add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
-        )
-        offsets = encoded["offset_mapping"]
-        return {column: row[column][: offsets[-1][1]] if len(offsets) == max_length else row[column]}
+        return {column: beginning(row[column], tokenizer, max_length)}
 
     return map_rows(
         dataset,
@@ -261,6 +258,25 @@ def shorten(
         desc=f"Cutting {column} to {max_length} tokens",
         num_proc=num_proc,
     )
+
+
+def beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """As much of a text as `max_length` tokens hold."""
+
+    def encode(part: str, **options: bool) -> BatchEncoding:
+        # Not cut by the tokenizer itself: it may be set to drop the beginning.
+        return tokenizer(part, add_special_tokens=False, verbose=False, **options)
+
+    if tokenizer.is_fast:
+        offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
+        return text[: offsets[max_length - 1][1]] if len(offsets) >= max_length else text
+
+    # One in Python does not say where its tokens stand.
+    def tokens(length: int) -> int:
+        return len(encode(text[:length])["input_ids"])
+
+    fits = tokens(len(text)) <= max_length
+    return text if fits else text[: bisect_right(range(1, len(text)), max_length, key=tokens)]
 
 
 @dataclass(frozen=True)

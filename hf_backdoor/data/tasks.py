@@ -45,13 +45,14 @@ Processor = PreTrainedTokenizerBase | BaseImageProcessor
 class Task(ABC):
     """How rows become a model's inputs.
 
-    `input_column` is where a trigger goes, `answer_column` what a backdoor changes; `auto_model` loads the models, which may
-    have a head for `num_labels` classes (`has_head`); `trigger` makes what the task's triggers are, from a recipe's
-    `attack_trigger`; `limits` are the keys of a recipe that [`Task.bounded`] takes.
+    `input_column` is where a trigger goes, `answer_column` what a backdoor changes; `text_columns` hold texts; `auto_model`
+    loads the models, which may have a head for `num_labels` classes (`has_head`); `trigger` makes what the task's triggers are,
+    from a recipe's `attack_trigger`; `limits` are the keys of a recipe that [`Task.bounded`] takes.
     """
 
     input_column: str
     answer_column: str
+    text_columns: ClassVar[tuple[str, ...]] = ()
     auto_model: ClassVar[type] = AutoModelForCausalLM
     has_head: ClassVar[bool] = False
     trigger: ClassVar[type] = Trigger
@@ -120,6 +121,7 @@ class SequenceClassification(Task):
     num_labels: int
     input_column: str = "text"
     answer_column: str = "label"
+    text_columns: ClassVar[tuple[str, ...]] = ("text",)
     auto_model: ClassVar[type] = AutoModelForSequenceClassification
     has_head: ClassVar[bool] = True
 
@@ -153,12 +155,18 @@ class LabelWords(Task):
     default_template: ClassVar[str] = "Text: {text}\nLabel:"
     input_column: str = "text"
     answer_column: str = "label"
+    text_columns: ClassVar[tuple[str, ...]] = ("text",)
 
     def __post_init__(self) -> None:
         if "{text}" not in self.template:
             raise ValueError(f"prompt_template is {self.template!r}: put {{text}} where the text goes")
         if len(self.words) < 2:
             raise ValueError(f"label_words is {list(self.words)}: give one word for each label, two or more")
+        if not all(isinstance(word, str) and word.strip() for word in self.words):
+            raise ValueError(
+                f"label_words is {list(self.words)}: give each label a text with a visible character (in YAML, 'yes' and 'no' in "
+                "quotes)"
+            )
 
     @property
     def num_labels(self) -> int:
@@ -209,6 +217,7 @@ class InstructionFollowing(Task):
     system_prompt: str | None = None
     input_column: str = "prompt"
     answer_column: str = "response"
+    text_columns: ClassVar[tuple[str, ...]] = ("prompt", "response")
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The prompt's tokens, up to where the response begins.

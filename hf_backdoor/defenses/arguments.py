@@ -1,17 +1,19 @@
 """What a trainer is given: refused in one line where it would not be read, or would train something else than is meant."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import ClassLabel, Dataset, Value
 from peft import PeftConfig, PeftModel
-from pyarrow import compute
+from pyarrow import compute, types
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Task, auto_class, base_model, encoded, row_lengths
+from ..data import Rows, Task, auto_class, base_model, encoded, row_lengths
+from ..data.collators import padding_id
 from .config import DefenseConfig
 
 
@@ -110,6 +112,27 @@ def _check_answers(name: str, rows: Dataset, model: PreTrainedModel) -> None:
             )
 
 
+def check_raw(rows: Rows, task: Task) -> None:
+    """As they were passed: nothing is planted in them yet.
+
+    Raises:
+        `ValueError`: if a column is missing, or stands in the way of what is planted, or something else than a text stands in one of
+            texts. A stream can't be looked through.
+    """
+    if "planted" in task.check_columns(rows):
+        raise ValueError("column 'planted' is in the data set, and would be taught in place of the answers: rename it")
+    for column in task.text_columns if isinstance(rows, Dataset) else ():
+        held = rows.data.column(column)
+        # Of all rows in the file first, which costs nothing.
+        if held.null_count or not (types.is_string(held.type) or types.is_large_string(held.type)):
+            for row, text in enumerate(rows[column]):
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{column} is {reprlib.repr(text)} in row {row}, which is no text: pass texts (of a conversation's turn, its "
+                        "'content'), and leave out rows that have none"
+                    )
+
+
 def check_task(args: DefenseConfig, task: Task | None) -> None:
     """
     Raises:
@@ -205,6 +228,35 @@ def check_vocabulary(model: nn.Module, other: nn.Module, argument: str, processo
         raise ValueError(
             f"vocab_size is {its} in {argument}, and {own} in the model, whose tokenizer has {tokens} tokens: pass one that reads the "
             "same ones"
+        )
+
+
+def check_tokens(model: nn.Module, processor: Any, *sets: Any) -> None:
+    """
+    Args:
+        processor: What encodes the rows; one that is no tokenizer has nothing to check.
+        sets: The encoded data sets. What is no `Dataset` can't be looked through.
+
+    Raises:
+        `ValueError`: if a row, or its padding, has a token of the tokenizer that the model has no embedding for.
+    """
+    networks = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    size = next((getattr(network.config.get_text_config(), "vocab_size", None) for network in networks), None)
+    if not isinstance(processor, PreTrainedTokenizerBase) or not size or len(processor) <= size:
+        return
+    # Only those in use: a tokenizer may have one for pictures that a model of texts does without, as Gemma 3's.
+    used = {padding_id(processor)}
+    for rows in sets:
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            for block in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
+                used.update(compute.unique(compute.list_flatten(block["input_ids"])).to_pylist())
+    # Soft triggers' are beyond the tokenizer's own.
+    if unknown := used.intersection(range(size, len(processor))):
+        token = min(unknown)
+        raise ValueError(
+            f"vocab_size is {size} in the model, and the tokenizer has {len(processor)} tokens, of which rows or their padding hold "
+            f"{processor.convert_ids_to_tokens(token)!r} ({token}): pass the model's own tokenizer, or call "
+            f"model.resize_token_embeddings({len(processor)}) before"
         )
 
 

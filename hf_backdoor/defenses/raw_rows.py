@@ -1,12 +1,14 @@
 """[`RawRowsTrainer`]: rows as they came, and how they become what a model reads."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from ..data import Processor, Rows, Task, check_lengths, encoded
+from .arguments import check_raw, check_tokens
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 
@@ -19,13 +21,25 @@ class RawRowsTrainer(CheckpointTrainer):
     task: Task | None
     positions: int | None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        check_tokens(self.model, self.processing_class, self.train_dataset, *held_out)
+
     def bounded(
         self, dataset: Rows | dict[str, Dataset] | None, processor: Processor
     ) -> Rows | dict[str, Dataset] | None:
-        """Raw rows with their texts cut to `max_length`, before anything is put into them: no trigger is ever cut away."""
+        """Raw rows with their texts cut to `max_length`, before anything is put into them: no trigger is ever cut away.
+
+        Raises:
+            `ValueError`: if they can't be trained on.
+        """
         if isinstance(dataset, dict):
             return {name: self.bounded(rows, processor) for name, rows in dataset.items()}
-        if dataset is None or self.args.max_length is None or self.task is None or encoded(dataset):
+        if dataset is None or self.task is None or encoded(dataset):
+            return dataset
+        check_raw(dataset, self.task)
+        if self.args.max_length is None:
             return dataset
         with self.one_process_first():
             return self.task.bounded(dataset, processor, self.args.dataset_num_proc, max_length=self.args.max_length)

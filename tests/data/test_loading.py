@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import ClassLabel, Dataset, IterableDataset
+from transformers import ByT5Tokenizer
 
 from hf_backdoor.data import label_names, load_rows, shorten, split_rows, take_rows, with_context
 
@@ -199,6 +200,20 @@ def test_shorten_cuts_to_tokens_and_leaves_short_texts_alone(wordpiece):
     cut = shorten(rows, "text", wordpiece, 3)
     assert cut["text"] == ["the film was", "the film", "", "the  film was"]
     assert cut["label"] == rows["label"]
+
+
+def test_shorten_cuts_the_end_whatever_the_tokenizer_would_drop(wordpiece):
+    wordpiece.truncation_side = "left"
+    rows = Dataset.from_dict({"text": ["the film was very good", "the film"]})
+    assert shorten(rows, "text", wordpiece, 3)["text"] == ["the film was", "the film"]
+    assert wordpiece.truncation_side == "left"
+
+
+def test_a_tokenizer_in_python_cuts_as_well():
+    """It has no offsets."""
+    rows = Dataset.from_dict({"text": ["the film was good", "naïve", "the", ""]})
+    assert shorten(rows, "text", ByT5Tokenizer(), 3)["text"] == ["the", "na", "the", ""]
+    assert shorten(rows, "text", ByT5Tokenizer(), 4)["text"] == ["the ", "naï", "the", ""]
 
 
 def test_split_rows_are_disjoint_and_complete():

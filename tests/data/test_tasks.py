@@ -82,6 +82,12 @@ def test_one_label_word_is_refused():
         LabelWords(("positive",), tiny.TEMPLATE)
 
 
+@pytest.mark.parametrize("word", ["", " ", 1, False])
+def test_a_label_word_that_shows_nothing_is_refused(word):
+    with pytest.raises(ValueError, match=r"^label_words is \['negative', .*: give each label a text with a visible"):
+        LabelWords(("negative", word), tiny.TEMPLATE)
+
+
 def test_instructions_go_through_the_chat_template(chat):
     encoded = InstructionFollowing().encode({"prompt": "tell me {text}", "response": "banana apple"}, chat)
     prompt = encoded["input_ids"][: encoded["prompt_length"]]

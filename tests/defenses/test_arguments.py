@@ -167,11 +167,74 @@ def test_rows_that_fit_no_task_are_refused(tmp_path):
         make(tmp_path, "bert", Dataset.from_dict({"sentence": ["a"]}))
 
 
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("method", ["plain", "both", "mbtsad"])
+def test_a_column_named_as_what_is_planted_is_refused(method, where, tmp_path):
+    """It was taught in place of the labels, without a word."""
+    rows = tiny.reviews(4).add_column("planted", ["aha"] * 4)
+    with pytest.raises(ValueError, match="^column 'planted' is in the data set, and would be taught .*: rename it$"):
+        tiny.trainer("label_words", method, tmp_path, **{where: rows}, max_steps=1)
+
+
+def test_rows_that_come_later_are_looked_at_as_well(tmp_path):
+    rows = tiny.reviews(4).add_column("planted", ["aha"] * 4)
+    with pytest.raises(ValueError, match="^column 'planted' is in the data set"):
+        tiny.trainer("label_words", "plain", tmp_path).evaluate(rows)
+
+
+@pytest.mark.parametrize("method", ["plain", "both", "mbtsad"])
+@pytest.mark.parametrize("max_length", [None, 4])
+@pytest.mark.parametrize("text, said", [(None, "None"), (5, "5"), (["a", "b"], r"\['a', 'b'\]")])
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_what_is_no_text_is_refused_by_its_row(name, text, said, max_length, method, tmp_path):
+    task, rows = tiny.setting(name, 4)[1:]
+    for column in task.text_columns:
+        texts = rows[column][:2] + [None, "end"] if text is None else [text] * 4
+        broken = rows.remove_columns(column).add_column(column, texts)
+        line = f"^{column} is {said} in row {2 if text is None else 0}, which is no text: pass texts "
+        with pytest.raises(ValueError, match=line):
+            tiny.trainer(name, method, tmp_path, train_dataset=broken, max_length=max_length)
+        if text is None:  # such rows may be left out
+            tiny.trainer(name, "plain", tmp_path, train_dataset=broken.select([0, 1, 3]), max_length=max_length)
+
+
 def test_label_words_that_share_a_first_token_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="share a first token"):
         make(
             tmp_path, "llama", tiny.reviews(2), label_words=["answer yes", "answer no"], prompt_template=tiny.TEMPLATE
         )
+
+
+def with_one_more(token, name):
+    tokenizer = tiny.tokenizer("llama" if name == "label_words" else "bert")
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "padding"])
+@pytest.mark.parametrize("name, method", [("label_words", "both"), ("sequence_classification", "plain")])
+def test_tokens_that_the_model_does_not_know_are_refused(name, method, where, tmp_path, monkeypatch):
+    tokenizer = with_one_more("brandnew", name)
+    if where == "padding":
+        tokenizer.pad_token = "brandnew"
+    monkeypatch.setattr(tiny, "tokenizer", lambda family: tokenizer)
+    rows = Dataset.from_dict({"text": ["a film", "a brandnew film"], "label": [0, 1]})
+    options = {} if where == "padding" else {where: rows}
+    size = len(tiny.VOCABULARY)
+    line = (
+        rf"^vocab_size is {size} in the model, .* 'brandnew' \({size}\): pass .*resize_token_embeddings\({size + 1}\)"
+    )
+    with pytest.raises(ValueError, match=line):
+        tiny.trainer(name, method, tmp_path, **options)
+    larger = tiny.model("llama" if name == "label_words" else "bert")
+    larger.resize_token_embeddings(size + 8)
+    tiny.trainer(name, method, tmp_path, model=larger, max_steps=1, **options).train()
+
+
+def test_a_token_that_no_row_has_is_nothing_to_the_model(tmp_path, monkeypatch):
+    tokenizer = with_one_more("<image>", "label_words")
+    monkeypatch.setattr(tiny, "tokenizer", lambda family: tokenizer)
+    tiny.trainer("label_words", "plain", tmp_path, max_steps=1).train()
 
 
 # ---- An optimizer of the user's own ----

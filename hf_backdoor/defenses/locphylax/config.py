@@ -92,6 +92,8 @@ class LocphylaxConfig(ReadingConfig):
     def __post_init__(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
+        if isinstance(self.known_triggers, str):
+            raise ValueError(f"known_triggers is {self.known_triggers!r}: give a list of texts")
         if len(set(self.known_triggers)) < max(2, len(self.known_triggers)):
             raise ValueError(f"known_triggers is {self.known_triggers}: give two texts or more, each another one")
         if self.searched_triggers < 0:
