@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import ImageClassification, ImageTrigger, InstructionFollowing, Processor, Rewriting, Task, Trigger, stamp
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
+from .kinds import refuse_other_kind
 from .results import Row
 
 
@@ -177,8 +178,10 @@ def evaluate_backdoor(
         `{model, prompt, trigger, answer}`.
 
     Raises:
-        `ValueError`: if a clean row's label is none of the task's, or the model's logits are not numbers.
+        `ValueError`: if the model is not of the task's kind, a clean row's label is none of the task's, or the model's logits are
+            not numbers.
     """
+    refuse_other_kind(model, task)
     refuse_other_labels(test.clean, task, "TestSet.clean")
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}
