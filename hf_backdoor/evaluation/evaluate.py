@@ -190,9 +190,12 @@ def evaluate_backdoor(
         `{model, prompt, trigger, answer}`.
 
     Raises:
-        `ValueError`: if the model is not of the task's kind, a clean row's label or the target is none of the task's, or the
+        `ValueError`: if a size is below 1, the model is not of the task's kind, a clean row's label or the target is none of the task's, or the
             model's logits are not numbers.
     """
+    for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{key} is {value}: it must be at least 1")
     refuse_other_kind(model, task)
     refuse_other_target(test.target, task, "TestSet.target")
     refuse_other_labels(test.clean, task, "TestSet.clean")

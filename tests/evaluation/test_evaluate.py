@@ -135,6 +135,12 @@ def test_a_target_that_is_no_text_is_refused(target, why):
         measured(tiny.word_chain({}), tiny.causal_tokenizer(LAST_WORD), task, by_hand)
 
 
+@pytest.mark.parametrize("size", ["batch_size", "max_new_tokens"])
+def test_a_size_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match=f"^{size} is 0: it must be at least 1$"):
+        measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, evaluation.TestSet(REVIEWS), **{size: 0})
+
+
 # ---- Classification ----
 
 
