@@ -73,6 +73,10 @@ def defend(
     for name, values in {"arguments": arguments, **stages}.items():
         if unknown := sorted(set(values) - {field.name for field in fields(configs[name])}):
             raise ValueError(f"{name} has {unknown}: see {configs[name].__name__} for what there is")
+        if "output_dir" in values:
+            raise ValueError(
+                f"stages.{name}.output_dir is {values['output_dir']!r}, and each stage has a folder in output_dir: leave it out"
+            )
     if plan.trains_on_suspect_rows:
         raise ValueError(
             f"method is {method!r}, which needs the rows that made the suspect too: run a recipe, or its trainers"

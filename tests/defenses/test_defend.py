@@ -138,6 +138,10 @@ def test_unknown_arguments_are_refused(suspect, tmp_path):
             {"stages": {"soft_search": {"stop_at_known_gap": 0.1}}},
             r"^soft_search has \['stop_at_known_gap'\]: see ReadingConfig",
         ),
+        (
+            {"stages": {"recover": {"output_dir": "here"}}},
+            "^stages.recover.output_dir is 'here', and each stage has a folder in output_dir: leave it out$",
+        ),
         ({"student": tiny.model("bert", 1)}, "^student is given, and locphylax cleans the model itself: leave it out"),
     ],
 )
