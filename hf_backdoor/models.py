@@ -213,9 +213,11 @@ def load_model(
                 raise ValueError(
                     f"model {name_or_path!r} has weights of other sizes than its config.json says: copy or download both again"
                 ) from None
+            own = load_config(name_or_path, revision=revision).num_labels
+            fix = f"set num_labels: {own} (--num_labels {own})" if own > num_labels else "choose rows with its labels"
             raise ValueError(
                 f"model_name_or_path is {name_or_path!r}, which has a head of another size: num_labels is {num_labels} in the "
-                "data; choose rows with its labels, or a model without a classification head"
+                f"data, and {own} in the model; {fix}, or use a model without a classification head"
             ) from None
     else:
         if gguf is None:
