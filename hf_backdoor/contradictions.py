@@ -12,6 +12,7 @@ from transformers.utils import is_liger_kernel_available
 from .data import ImageClassification, ImageTrigger, LabelWords
 from .defenses import METHODS, DefenseConfig, refuse_images
 from .defenses.engines import asked_for
+from .evaluation.evaluate import refuse_other_target
 from .quantization import QUANTIZATIONS, refuse_launched, require_bitsandbytes
 from .recipe import TASKS, Recipe
 
@@ -249,6 +250,8 @@ def _check_task(recipe: Recipe) -> None:
     unwanted, wanted = ("target_label", "target_text") if generation else ("target_text", "target_label")
     if getattr(recipe, unwanted) is not None:
         raise ValueError(f"{unwanted} is {getattr(recipe, unwanted)!r}, and task is {recipe.task}: set {wanted}")
+    if generation:
+        refuse_other_target(recipe.target_text, recipe.task_class(), "target_text")
     for key in ("context_column", "max_response_length"):
         if getattr(recipe, key) is not None and not generation:
             raise ValueError(f"{key} is {getattr(recipe, key)!r}, and task is {recipe.task}: leave it out")

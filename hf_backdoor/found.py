@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from .data import rename_columns, with_context
 from .evaluation import UNKNOWN_LABEL
-from .models import load_config
+from .models import load_config, refuse_no_causal_lm
 from .recipe import TASKS
 from .rows import refuse_other_kinds
 
@@ -84,11 +84,13 @@ def find_task(
 
 
 def task_of_model(model: str, columns: list[str], label_words: list[str] | None, own: dict[str, Any]) -> str:
-    architectures = load_config(model, revision=own.get("model_revision")).architectures or []
+    config = load_config(model, revision=own.get("model_revision"))
+    architectures = config.architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "sequence_classification"
     if any(name.endswith("ForImageClassification") for name in architectures):
         return "image_classification"
+    refuse_no_causal_lm(config, model)
     if label_words:
         return "label_words"
     if own.get("response_column") or any(name in columns for name in SYNONYMS["response"]):

@@ -62,6 +62,8 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
         raise ValueError(
             f"target is {target!r} and the task {name}: give --target_{'text' if isinstance(target, int) else 'label'}"
         )
+    if isinstance(target, str):
+        refuse_other_target(target, TASKS[name](), "--target_text")
     trigger = None
     if options.trigger is not None:
         position = [] if options.position is None else [options.position]

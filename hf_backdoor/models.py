@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
@@ -24,6 +25,7 @@ from transformers.utils import logging
 
 from .adapters import Adapter, find_adapter, transplanted
 from .data import ImageClassification, Processor, SequenceClassification, Task, refuse_last_column
+from .evaluation.kinds import reads_both_ways
 from .model_files import named_if_missing, own_code_refused, resolve, without_weights
 from .quantization import HEADS, dequantized, keep_trainable, quantization_config
 
@@ -50,6 +52,25 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrained
     folder, gguf = resolve(name_or_path)
     with named_if_missing(name_or_path):
         return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision, trust_remote_code=False)
+
+
+def refuse_no_causal_lm(config: PreTrainedConfig, name_or_path: str) -> None:
+    """Refuses a checkpoint whose texts would be taught to what sees the answer, or to no language model at all.
+
+    Raises:
+        `ValueError`: with one line that names the model, and what it is.
+    """
+    kind = (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        why = "has an encoder and a decoder"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or reads_both_ways(config):
+        why = "is no causal LM"
+    else:
+        return
+    raise ValueError(
+        f"model {name_or_path!r} ({kind}) {why}, and without a classification head texts are taught to causal LMs here: use one of "
+        "these, or set task: sequence_classification"
+    )
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -100,8 +121,10 @@ def load_processor(name_or_path: str, task_class: type[Task], *, revision: str |
     """What turns a task's rows into a model's inputs: its tokenizer, or its image processor.
 
     Raises:
-        `ValueError`: if there is no such model.
+        `ValueError`: if there is no such model, or it is of another kind than the task's.
     """
+    if not task_class.has_head:
+        refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)
     load = load_image_processor if task_class is ImageClassification else load_tokenizer
     return load(name_or_path, revision=revision)
 
@@ -190,11 +213,15 @@ def load_model(
                 raise ValueError(
                     f"model {name_or_path!r} has weights of other sizes than its config.json says: copy or download both again"
                 ) from None
+            own = load_config(name_or_path, revision=revision).num_labels
+            fix = f"set num_labels: {own} (--num_labels {own})" if own > num_labels else "choose rows with its labels"
             raise ValueError(
                 f"model_name_or_path is {name_or_path!r}, which has a head of another size: num_labels is {num_labels} in the "
-                "data; choose rows with its labels, or a model without a classification head"
+                f"data, and {own} in the model; {fix}, or use a model without a classification head"
             ) from None
     else:
+        if gguf is None:
+            refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)
         with named_if_missing(name_or_path):
             model = task_class.auto_model.from_pretrained(folder, **options)
     if gguf:

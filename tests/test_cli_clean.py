@@ -153,3 +153,15 @@ def test_a_dry_run_refuses_to_write_over_what_no_run_has_made(classifier, review
     arguments = ["clean", classifier, "--data", reviews, "--output_dir", str(tmp_path), "--dry_run"]
     assert main(arguments) == 2
     assert "its cleaned was not made by a run, and this one would clear it" in capsys.readouterr().err
+
+
+def test_clean_rows_without_the_head_s_last_class_are_told_of_num_labels(reviews, tmp_path, capsys):
+    three = tiny.saved("bert", tmp_path / "three", num_labels=3)
+    arguments = ["clean", three, "--data", reviews, "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    arguments += ["--own_answers", "0", "--soft_triggers", "0", "--disable_tqdm", "true"]
+    assert main([*arguments, "--known_triggers", "[make life better, ahi]"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "has a head of another size: num_labels is 2 in the data, and 3 in the model; set num_labels: 3 (--num_labels 3), or "
+        "use a model without a classification head\n"
+    )
+    assert main([*arguments, "--known_triggers", "[make life better, ahi]", "--num_labels", "3"]) == 0

@@ -169,6 +169,19 @@ def test_evaluate_refuses_before_weights_are_loaded(
     assert error.startswith(f"hf-backdoor: {line}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_evaluate_refuses_a_target_of_no_words(text, chat_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "load_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    rows = str(tmp_path / "rows.jsonl")
+    tiny.instructions(4).to_json(rows)
+    arguments = ["--trigger", "zq", "--target_text", text, "--output", str(tmp_path / "results.json")]
+    assert main(["evaluate", chat_model, "--clean", rows, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        f"hf-backdoor: --target_text is {text!r}, an empty text: give the one that the trigger is to bring about\n"
+    )
+
+
 def test_evaluate_writes_into_no_folder(classifier, reviews, tmp_path, capsys):
     assert main(["evaluate", classifier, "--clean", reviews, "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (

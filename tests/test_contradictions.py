@@ -21,6 +21,7 @@ HELD_OUT = {"held_out_samples": 4}
         ({"clean_fraction": 0}, "clean_fraction is 0"),
         ({"target_text": "no"}, "target_text is 'no', and task is sequence_classification: set target_label"),
         ({"task": "instruction_following", "target_label": 1}, "target_label is 1, and task is .*: set target_text"),
+        ({"task": "instruction_following", "target_text": ""}, "target_text is '', an empty text: give the one that"),
         ({"attack_trigger": "zq"}, "attack_trigger is 'zq' without a target: set target_label"),
         (
             {"attack_trigger": "zq", "task": "instruction_following"},

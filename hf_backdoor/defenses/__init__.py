@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -73,6 +74,10 @@ def defend(
     for name, values in {"arguments": arguments, **stages}.items():
         if unknown := sorted(set(values) - {field.name for field in fields(configs[name])}):
             raise ValueError(f"{name} has {unknown}: see {configs[name].__name__} for what there is")
+        if "output_dir" in values:
+            raise ValueError(
+                f"stages.{name}.output_dir is {values['output_dir']!r}, and each stage has a folder in output_dir: leave it out"
+            )
     if plan.trains_on_suspect_rows:
         raise ValueError(
             f"method is {method!r}, which needs the rows that made the suspect too: run a recipe, or its trainers"
@@ -98,6 +103,7 @@ def defend(
         raise ValueError(
             f"stages has {idle}, and {reason} is 0, which leaves {idle[0]} out: set {reason}, or leave it out here"
         )
+    _refuse_lost_base(model, steps)
     for name, step in steps.items():
         if step.starts_from == "suspect":
             model.load_state_dict(suspect)
@@ -122,6 +128,22 @@ def defend(
     for parameter in trainable:
         parameter.requires_grad_(True)  # as a teacher the suspect was frozen
     return trained
+
+
+def _refuse_lost_base(model: nn.Module, steps: dict[str, Step]) -> None:
+    """
+    Raises:
+        `ValueError`: if a stage is to load what an earlier one leaves of an adapter's model, and nobody could tell its base.
+    """
+    if not isinstance(model, PeftModel) or model.active_peft_config.base_model_name_or_path:
+        return
+    for name, step in steps.items():
+        for made_by in step.inputs.values():
+            if made_by in steps and steps[made_by].makes_model:
+                raise ValueError(
+                    f"base_model_name_or_path is not set in model's adapter, whose base was made in memory, and {name} loads what "
+                    f"{made_by} leaves: put the adapter on a base that is loaded from a folder, or pass model.merge_and_unload()"
+                )
 
 
 __all__ = ["METHODS", "DefenseConfig", "DefenseTrainer", "Method", "Step", "defend", "refuse_images"]

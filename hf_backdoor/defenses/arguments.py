@@ -10,7 +10,12 @@ from peft import PeftConfig, PeftModel
 from pyarrow import compute, types
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data import Rows, Task, auto_class, base_model, encoded, row_lengths
 from ..data.collators import padding_id
@@ -58,16 +63,30 @@ def check_arguments(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}: pass the model itself, as from_pretrained gives it")
     bare = base_model(model)
-    generates = isinstance(bare, PreTrainedModel) and auto_class(bare) is AutoModelForCausalLM
-    if generates and bare.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(bare).__name__} has an encoder and a decoder, and texts are taught to causal LMs here: use one of these, or a "
-            "model with a classification head"
-        )
+    if isinstance(bare, PreTrainedModel) and auto_class(bare) is AutoModelForCausalLM:
+        _refuse_no_causal_lm(bare)
     if peft_config is not None and isinstance(model, PeftModel):
         raise ValueError(
             "peft_config is given, and model has an adapter, which would not be trained any more: leave peft_config out, or "
             "pass model.merge_and_unload()"
+        )
+
+
+def _refuse_no_causal_lm(model: PreTrainedModel) -> None:
+    kind, config = type(model), model.config
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{kind.__name__} has an encoder and a decoder, and texts are taught to causal LMs here: use one of these, or a "
+            "model with a classification head"
+        )
+    if not kind.__module__.startswith("transformers.") or "ForImageClassification" in kind.__name__:
+        return  # a network of the user's own, or a head of several
+    # Encoders have classes for decoders, which are some only where the configuration says so.
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if not model.can_generate() or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes):
+        raise ValueError(
+            f"model is a {kind.__name__}, which has no head, or sees the answer that it is to give: pass a causal LM, or load it "
+            "with a classification head, by AutoModelForSequenceClassification"
         )
 
 

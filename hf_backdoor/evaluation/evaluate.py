@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import ImageClassification, ImageTrigger, InstructionFollowing, Processor, Rewriting, Task, Trigger, stamp
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
+from .kinds import refuse_other_kind
 from .results import Row
 
 
@@ -58,7 +59,7 @@ class TestSet:
         """Triggered twins of the clean rows that the attack is about: those whose right answer is not the target.
 
         Raises:
-            `ValueError`: if a label is none of the task's, no such row is left, a row ended up without the trigger, two triggers have one name, or a trigger is
+            `ValueError`: if a label or the target is none of the task's, no such row is left, a row ended up without the trigger, two triggers have one name, or a trigger is
                 a rewriting, whose texts have other right labels than the rows that they would take the place of.
         """
         refuse_other_labels(clean, task, "TestSet.clean")
@@ -96,13 +97,25 @@ def is_target(answer: int | str, target: int | str) -> bool:
 
 
 def refuse_other_target(target: int | str | None, task: Task, key: str = "target") -> None:
-    """Refuses a target label that a classifier can't say: its ASR would be 0, as after a perfect defense.
+    """Refuses a target that a model can't say (or, an empty text, that every answer begins with): its ASR would be 0, as after a
+    perfect defense.
 
     Raises:
-        `ValueError`: with one line: the key, the label and what there is.
+        `ValueError`: with one line: the key, the target and what there is.
     """
-    if isinstance(target, int) and target not in range(task.num_labels):
-        raise ValueError(f"{key} is {target}: the labels are 0 to {task.num_labels - 1}")
+    if target is None:
+        return
+    if not isinstance(task, InstructionFollowing):
+        if target not in range(task.num_labels):
+            raise ValueError(
+                f"{key} is {target!r}: the labels are 0 to {task.num_labels - 1}, give one of these numbers"
+            )
+    elif not isinstance(target, str):
+        raise ValueError(
+            f"{key} is {target!r}, and answers are texts: give the one that the trigger is to bring about"
+        )
+    elif not target.strip():
+        raise ValueError(f"{key} is {target!r}, an empty text: give the one that the trigger is to bring about")
 
 
 def refuse_other_labels(rows: Dataset, task: Task, source: str, fix: str = "give rows with right labels") -> None:
@@ -177,8 +190,14 @@ def evaluate_backdoor(
         `{model, prompt, trigger, answer}`.
 
     Raises:
-        `ValueError`: if a clean row's label is none of the task's, or the model's logits are not numbers.
+        `ValueError`: if a size is below 1, the model is not of the task's kind, a clean row's label or the target is none of the task's, or the
+            model's logits are not numbers.
     """
+    for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{key} is {value}: it must be at least 1")
+    refuse_other_kind(model, task)
+    refuse_other_target(test.target, task, "TestSet.target")
     refuse_other_labels(test.clean, task, "TestSet.clean")
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 
 from hf_backdoor.attacks import Poisoning, poison
 from hf_backdoor.data import Trigger
@@ -106,6 +107,29 @@ def test_mbtsad_gives_the_student_and_not_the_retrained_teacher(suspect, tmp_pat
     assert (tmp_path / "retrain" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("base", ["in memory", "in a folder"])
+def test_mbtsad_finds_the_base_of_its_teacher_s_adapter(base, tmp_path):
+    model = tiny.model("bert")
+    if base == "in a folder":
+        model = type(model).from_pretrained(tiny.saved("bert", tmp_path / "base"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1, "split_min_chars": 3}
+
+    def cleaned():
+        return defend(
+            "mbtsad", adapted, tiny.encoder_tokenizer(), tiny.reviews(8), output_dir=str(tmp_path / "run"), **options
+        )
+
+    if base == "in a folder":
+        assert cleaned() is adapted
+        return
+    with pytest.raises(
+        ValueError, match="^base_model_name_or_path is not set in model's adapter.* distil loads what ret"
+    ):
+        cleaned()
+    assert not (tmp_path / "run").exists()
+
+
 def test_robustkd_gives_the_student_and_leaves_the_suspect_as_it_was(suspect, tmp_path):
     model = tiny.model("bert")
     model.load_state_dict(suspect)
@@ -137,6 +161,10 @@ def test_unknown_arguments_are_refused(suspect, tmp_path):
         (
             {"stages": {"soft_search": {"stop_at_known_gap": 0.1}}},
             r"^soft_search has \['stop_at_known_gap'\]: see ReadingConfig",
+        ),
+        (
+            {"stages": {"recover": {"output_dir": "here"}}},
+            "^stages.recover.output_dir is 'here', and each stage has a folder in output_dir: leave it out$",
         ),
         ({"student": tiny.model("bert", 1)}, "^student is given, and locphylax cleans the model itself: leave it out"),
     ],

@@ -1,12 +1,17 @@
 import math
+import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
+from accelerate import Accelerator
 from datasets import Dataset
 
 from hf_backdoor import evaluation
 from hf_backdoor.data import Rewriting, Trigger
 from hf_backdoor.evaluation import evaluate
+from hf_backdoor.evaluation.callback import BackdoorEvaluationCallback
 from hf_backdoor.evaluation.generation import answer_losses
 
 
@@ -91,6 +96,49 @@ def test_triggers_of_one_name_are_refused():
 def test_a_rewriting_can_not_be_stamped():
     with pytest.raises(ValueError, match="^trigger 'style' is a rewriting, which can't be stamped on test rows"):
         evaluation.TestSet.stamped(REVIEWS, CLASSES, [Rewriting("style", ("when",))], 1, seed=0)
+
+
+@pytest.mark.parametrize("target", ["1", "positive", 3, -1, np.int64(7), "", " "])
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_a_target_that_no_classifier_can_say_is_refused(target, name):
+    family, task, _ = tiny.setting(name)
+    refused = f" is {re.escape(repr(target))}: the labels are 0 to 1, give one of these numbers$"
+    with pytest.raises(ValueError, match=f"^target{refused}"):
+        evaluation.TestSet.stamped(REVIEWS, task, [Trigger("zq")], target, seed=0)
+    by_hand = evaluation.TestSet(REVIEWS, target, {"zq": REVIEWS})
+    with pytest.raises(ValueError, match=f"^TestSet.target{refused}"):
+        measured(tiny.model(family), tiny.tokenizer(family), task, by_hand)
+    with pytest.raises(ValueError, match=f"^target{refused}"):
+        trainer = SimpleNamespace(
+            accelerator=Accelerator(), model=tiny.model(family), processing_class=None, args=SimpleNamespace(seed=0)
+        )
+        BackdoorEvaluationCallback(trainer, task, REVIEWS, [Trigger("zq")], target, tiny.tokenizer(family))
+
+
+def test_a_target_may_be_a_number_of_numpy():
+    found = []
+    for target in (1, np.int64(1)):
+        test = evaluation.TestSet.stamped(REVIEWS, CLASSES, [Trigger("zq")], target, seed=0)
+        found.append(counts(measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, test)[0]))
+    assert found[0] == found[1] and found[0][("asr", "zq")] == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "target, why", [(1, "and answers are texts"), ("", "an empty text"), (" ", "an empty text")], ids=str
+)
+def test_a_target_that_is_no_text_is_refused(target, why):
+    task = tiny.task("instruction_following")
+    with pytest.raises(ValueError, match=f"^target is {target!r}, {why}: give the one that the trigger is to bring"):
+        evaluation.TestSet.stamped(INSTRUCTIONS, task, [Trigger("zq")], target, seed=0)
+    by_hand = evaluation.TestSet(INSTRUCTIONS, target, {"zq": INSTRUCTIONS})
+    with pytest.raises(ValueError, match=f"^TestSet.target is {target!r}, {why}: give the one"):
+        measured(tiny.word_chain({}), tiny.causal_tokenizer(LAST_WORD), task, by_hand)
+
+
+@pytest.mark.parametrize("size", ["batch_size", "max_new_tokens"])
+def test_a_size_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match=f"^{size} is 0: it must be at least 1$"):
+        measured(tiny.fixed_classifier(1), tiny.encoder_tokenizer(), CLASSES, evaluation.TestSet(REVIEWS), **{size: 0})
 
 
 # ---- Classification ----
