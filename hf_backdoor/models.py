@@ -24,8 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import Adapter, find_adapter, transplanted
-from .data import ImageClassification, Processor, SequenceClassification, Task, refuse_last_column
-from .evaluation.kinds import reads_both_ways
+from .data import ImageClassification, Processor, SequenceClassification, Task, reads_both_ways, refuse_last_column
 from .model_files import named_if_missing, own_code_refused, resolve, without_weights
 from .quantization import HEADS, dequantized, keep_trainable, quantization_config
 

@@ -1,6 +1,6 @@
-"""What a classification head reads of a text, where that is not the state at one position."""
+"""What is read of a text: by a classification head, where that is not the state at one position, and by a language model."""
 
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 
 def reads_mean(model: PreTrainedModel) -> bool:
@@ -20,3 +20,9 @@ def refuse_last_column(model: PreTrainedModel) -> None:
             f"summary_type is 'last' in the config, so {type(model).__name__} reads the last column of a batch, which is padding "
             "where texts differ in length: use another model"
         )
+
+
+def reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether a model sees the tokens after a position too, as encoders do unless their configuration makes decoders of them."""
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes

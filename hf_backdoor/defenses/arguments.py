@@ -11,13 +11,12 @@ from pyarrow import compute, types
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ..data import Rows, Task, auto_class, base_model, encoded, row_lengths
+from ..data import Rows, Task, auto_class, base_model, encoded, reads_both_ways, row_lengths
 from ..data.collators import padding_id
 from .config import DefenseConfig
 
@@ -81,9 +80,7 @@ def _refuse_no_causal_lm(model: PreTrainedModel) -> None:
         )
     if not kind.__module__.startswith("transformers.") or "ForImageClassification" in kind.__name__:
         return  # a network of the user's own, or a head of several
-    # Encoders have classes for decoders, which are some only where the configuration says so.
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if not model.can_generate() or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes):
+    if not model.can_generate() or reads_both_ways(config):
         raise ValueError(
             f"model is a {kind.__name__}, which has no head, or sees the answer that it is to give: pass a causal LM, or load it "
             "with a classification head, by AutoModelForSequenceClassification"

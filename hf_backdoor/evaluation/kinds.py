@@ -1,15 +1,9 @@
 """Models that a task's answers can be read from: all others would be measured as something that they are not."""
 
 from torch import nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..data import Task, base_model
-
-
-def reads_both_ways(config: PreTrainedConfig) -> bool:
-    """Whether a model sees the tokens after a position too, as encoders do unless their configuration makes decoders of them."""
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
+from ..data import Task, base_model, reads_both_ways
 
 
 def refuse_other_kind(model: nn.Module, task: Task) -> None:
