@@ -63,6 +63,13 @@ def _words() -> Tokenizer:
     return tokenizer
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte: a character may have several."""
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
 def encoder_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = _words()
     special = [(name, VOCABULARY.index(name)) for name in ("[CLS]", "[SEP]")]

@@ -9,6 +9,7 @@ from .infer import auto_class, infer_task, tell_padding
 from .lengths import check_lengths, learned_positions, refuse_longer
 from .loading import (
     Splits,
+    beginning,
     label_names,
     load_rows,
     rename_columns,
@@ -50,6 +51,7 @@ __all__ = [
     "column_names",
     "encoded",
     "base_model",
+    "beginning",
     "find_blocks",
     "infer_task",
     "label_names",

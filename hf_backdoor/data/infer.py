@@ -73,4 +73,6 @@ def infer_task(
             "label_words is not set: a causal LM classifies by one word a label, for example "
             "label_words=[' negative', ' positive'], in the order of the labels"
         )
+    if isinstance(label_words, str):
+        raise ValueError(f"label_words is {label_words!r}: give a list of words, one for each label")
     return LabelWords(tuple(label_words), prompt_template or LabelWords.default_template)

@@ -269,7 +269,11 @@ def beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
 
     if tokenizer.is_fast:
         offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
-        return text[: offsets[max_length - 1][1]] if len(offsets) >= max_length else text
+        if len(offsets) < max_length or not text:
+            return text
+        # A character may have several tokens, and is not cut in two.
+        after = offsets[max_length][0] if len(offsets) > max_length else len(text)
+        return text[: min(offsets[max_length - 1][1], after)] if max_length else ""
 
     # One in Python does not say where its tokens stand.
     def tokens(length: int) -> int:

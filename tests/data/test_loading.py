@@ -7,7 +7,7 @@ import tiny
 from datasets import ClassLabel, Dataset, IterableDataset
 from transformers import ByT5Tokenizer
 
-from hf_backdoor.data import label_names, load_rows, shorten, split_rows, take_rows, with_context
+from hf_backdoor.data import beginning, label_names, load_rows, shorten, split_rows, take_rows, with_context
 
 
 ROWS = [
@@ -214,6 +214,13 @@ def test_a_tokenizer_in_python_cuts_as_well():
     rows = Dataset.from_dict({"text": ["the film was good", "naïve", "the", ""]})
     assert shorten(rows, "text", ByT5Tokenizer(), 3)["text"] == ["the", "na", "the", ""]
     assert shorten(rows, "text", ByT5Tokenizer(), 4)["text"] == ["the ", "naï", "the", ""]
+
+
+@pytest.mark.parametrize("length, kept", [(2, "ab"), (3, "ab"), (5, "ab"), (6, "ab😀"), (9, "ab😀"), (10, "ab😀😀")])
+def test_a_character_of_several_tokens_is_not_cut_in_two(length, kept):
+    assert tiny.byte_tokenizer().is_fast
+    for tokenizer in (tiny.byte_tokenizer(), ByT5Tokenizer()):
+        assert beginning("ab😀😀", tokenizer, length) == kept
 
 
 def test_split_rows_are_disjoint_and_complete():

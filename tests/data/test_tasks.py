@@ -218,3 +218,8 @@ def test_infer_task_says_what_is_missing():
         infer_task(tiny.model("llama"), tiny.reviews(2))
     with pytest.raises(ValueError, match=r"columns \['note'\]: name them 'text' and 'label'"):
         infer_task(tiny.model("bert"), Dataset.from_dict({"note": ["a"]}))
+
+
+def test_a_text_in_place_of_a_list_of_label_words_is_refused():
+    with pytest.raises(ValueError, match="^label_words is 'ab': give a list of words, one for each label$"):
+        infer_task(tiny.model("llama"), tiny.reviews(2), label_words="ab")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...data import SIDE_COLUMNS, DefenseCollator, Task, map_rows
+from ...data import SIDE_COLUMNS, DefenseCollator, Task, beginning, map_rows
 
 
 # A word is what stands between white space and punctuation: tokenizers part it from both, so its pieces are theirs. Not
@@ -164,10 +164,10 @@ def cut_to_fit(row: dict[str, Any], task: Task, tokenizer: PreTrainedTokenizerBa
     """
     text, limit = row[task.input_column], tokenizer.model_max_length
     while (excess := len(task.encode({**row, task.input_column: text}, tokenizer)["input_ids"]) - limit) > 0:
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if excess > len(spans):
+        kept = len(tokenizer(text, add_special_tokens=False)["input_ids"]) - excess
+        if kept < 0:
             raise ValueError(f"a row takes more than {limit} tokens (model_max_length) without its text: leave it out")
-        text = text[: spans[-excess][0]]
+        text = beginning(text, tokenizer, kept)
     return {**row, task.input_column: text}
 
 

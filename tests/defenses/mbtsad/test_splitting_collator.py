@@ -4,9 +4,8 @@ import pytest
 import tiny
 import torch
 from splits import EVERYTHING
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 
 from hf_backdoor.data import DefenseCollator, InstructionFollowing
 from hf_backdoor.defenses.mbtsad.splitting import DataCollatorForTokenSplit, TokenSplit, cut_to_fit
@@ -122,12 +121,6 @@ def test_the_stock_trainer_takes_it(name, tmp_path):
 # ---- What a model has positions for ----
 
 
-def byte_tokenizer():
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
 @pytest.mark.parametrize("name", tiny.TASKS)
 def test_a_text_that_splitting_made_too_long_loses_its_end(name):
     family, task, rows = tiny.setting(name, 6)
@@ -141,7 +134,7 @@ def test_a_text_that_splitting_made_too_long_loses_its_end(name):
 
 
 def test_a_character_of_several_tokens_is_not_cut_in_two():
-    tokenizer = byte_tokenizer()
+    tokenizer = tiny.byte_tokenizer()
     tokenizer.model_max_length = 5
     cut = cut_to_fit({"text": "ab😀😀", "label": 0}, tiny.task("sequence_classification"), tokenizer)
     assert cut["text"] == "ab"  # an emoji has four bytes
@@ -158,3 +151,10 @@ def test_the_collator_cuts_too():
     tokenizer.model_max_length = 6
     collator = DataCollatorForTokenSplit(tokenizer, tiny.task("sequence_classification"), TokenSplit(1.0, min_chars=3))
     assert collator(rows)["input_ids"].shape[1] == 6
+
+
+def test_a_tokenizer_in_python_cuts_what_splitting_made_too_long_as_well():
+    """It has no offsets."""
+    tokenizer = ByT5Tokenizer(model_max_length=5)  # one is the end of the sequence
+    cut = cut_to_fit({"text": "a film", "label": 0}, tiny.task("sequence_classification"), tokenizer)
+    assert cut["text"] == "a fi"
