@@ -29,7 +29,7 @@ def mutual(target: str = "early_target") -> Step:
 
 
 def relabel(teacher: str | None, found_by: str | None = None, **overrides: Any) -> Step:
-    """Rows apart are looked for by early T and the clean rows, or taken from the stage that has found them."""
+    """Rows apart are looked for by early T, the teacher and the clean rows, or taken from the stage that has found them."""
     teachers = {} if teacher is None else {"teacher_model": teacher}
     told_by = {"poisoned_model": "early_target"} if found_by is None else {"found_split": found_by}
     return Step(
@@ -61,7 +61,9 @@ METHOD = Method(
             "relabel": relabel("mutual", look_alikes=False),
             "relabel_again": relabel("relabel", "relabel", look_alikes=False),
         },
-        "states_alone": {"relabel_again": relabel(None, "relabel")},
+        "states_alone": {
+            "relabel_again": relabel(None)
+        },  # by T's alone: what mutual learning ends with has a word in the others
         "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": mutual("suspect"), **CORRECTED},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),

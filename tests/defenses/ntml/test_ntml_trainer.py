@@ -330,7 +330,7 @@ def test_each_control_stands_in_for_stages_and_takes_one_thing_out():
     assert list(method.stages) == ["early_target", "non_target", "mutual", "relabel", "relabel_again"]
     assert method.stages["mutual"].inputs == {"target_model": "early_target"}
     assert method.stages["relabel_again"].inputs == {"teacher_model": "relabel", "found_split": "relabel"}
-    assert method.controls["states_alone"]["relabel_again"].inputs == {"found_split": "relabel"}
+    assert method.controls["states_alone"]["relabel_again"].inputs == {"poisoned_model": "early_target"}
     late = method.controls["soft_labels_of_the_suspect"]
     assert late["non_target"].inputs == {"teacher_model": "suspect"}
     assert late["mutual"].inputs == {"target_model": "suspect"}
