@@ -61,9 +61,8 @@ METHOD = Method(
             "relabel": relabel("mutual", look_alikes=False),
             "relabel_again": relabel("relabel", "relabel", look_alikes=False),
         },
-        "states_alone": {
-            "relabel_again": relabel(None)
-        },  # by T's alone: what mutual learning ends with has a word in the others
+        # Of T: what mutual learning ends with tells in all others.
+        "states_alone": {"relabel_again": relabel(None)},
         "soft_labels_of_the_suspect": {"non_target": non_target("suspect"), "mutual": mutual("suspect"), **CORRECTED},
         "mutual_without_non_target": {
             "non_target": Step(DefenseTrainer, {"seed": OTHER_SEED}, starts_from="base", rows="suspect"),
