@@ -122,9 +122,8 @@ def load_processor(name_or_path: str, task_class: type[Task], *, revision: str |
     Raises:
         `ValueError`: if there is no such model, or it is of another kind than the task's.
     """
-    if (
-        not task_class.has_head and resolve(name_or_path)[1] is None
-    ):  # GGUF files hold causal LMs, and take seconds to read
+    # GGUF files hold causal LMs, and take seconds to read.
+    if not task_class.has_head and resolve(name_or_path)[1] is None:
         refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)
     load = load_image_processor if task_class is ImageClassification else load_tokenizer
     return load(name_or_path, revision=revision)

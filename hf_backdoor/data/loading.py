@@ -267,13 +267,15 @@ def beginning(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
         # Not cut by the tokenizer itself: it may be set to drop the beginning.
         return tokenizer(part, add_special_tokens=False, verbose=False, **options)
 
+    if not max_length:
+        return ""
     if tokenizer.is_fast:
         offsets = encode(text, return_offsets_mapping=True)["offset_mapping"]
-        if len(offsets) < max_length or not text:
+        if len(offsets) < max_length:
             return text
         # A character may have several tokens, and is not cut in two.
         after = offsets[max_length][0] if len(offsets) > max_length else len(text)
-        return text[: min(offsets[max_length - 1][1], after)] if max_length else ""
+        return text[: min(offsets[max_length - 1][1], after)]
 
     # One in Python does not say where its tokens stand.
     def tokens(length: int) -> int:
