@@ -67,7 +67,14 @@ RECIPES = {
         "cifar10_resnet",
         "gtsrb_resnet",
     ],
-    "ntml": ["agnews_minilm", "agnews_minilm_few", "agnews_smollm2", "agnews_smollm2_few", "cifar10_resnet", "gtsrb_resnet"],
+    "ntml": [
+        "agnews_minilm",
+        "agnews_minilm_few",
+        "agnews_smollm2",
+        "agnews_smollm2_few",
+        "cifar10_resnet",
+        "gtsrb_resnet",
+    ],
 }
 # BackdoorLLM and the weight attacks bring triggers of their own along: their recipes say which.
 OWN_TRIGGER = ("backdoorllm_refusal_smollm2", "backdoorllm_negsentiment_smollm2", "sst2_minilm_lwp", "sst2_minilm_ep")

@@ -21,6 +21,7 @@ COLUMNS = {
     "known_behaviour": "known behaviour",
     "hidden_asr": "hidden ASR",
     "cacc": "CACC",
+    "target_recall": "target recall",
     "robust_accuracy": "robust accuracy",
     "false_refusal": "false refusal",
     "perplexity": "perplexity",

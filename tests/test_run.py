@@ -40,7 +40,9 @@ def test_an_encoder_run(encoder_run):
     assert {row.model for row in results.rows} == {"suspect", "stage/inject", "cleaned", "control/fine_tuning"}
     for model in ("suspect", "cleaned"):
         metrics = {row.metric for row in results.rows if row.model == model}
-        assert metrics == {"cacc", "asr_without_trigger", "asr", "robust_accuracy", "known_behaviour", "hidden_asr"}
+        assert metrics == {
+            "cacc", "asr_without_trigger", "target_recall", "asr", "robust_accuracy", "known_behaviour", "hidden_asr",
+        }  # fmt: skip
     assert [cost["stage"] for cost in results.costs if "evaluation" not in cost["stage"]] == [
         "suspect", "stage/inject", "cleaned", "control/fine_tuning (inject)", "control/fine_tuning",
     ]  # fmt: skip

@@ -69,7 +69,8 @@ def test_every_model_and_control_is_measured(ntml_run):
         counted = {row.metric: (row.n, row.trigger) for row in results.rows if row.model == model}
         # 6 of the 18 test rows have the target label.
         assert counted == {
-            "cacc": (18, None), "asr_without_trigger": (12, None), "asr": (12, "patch"), "robust_accuracy": (12, "patch"),
+            "cacc": (18, None), "asr_without_trigger": (12, None), "target_recall": (6, None), "asr": (12, "patch"),
+            "robust_accuracy": (12, "patch"),
         }  # fmt: skip
     assert {name: entry["rows"] for name, entry in results.data.items()} == {
         "attack": 24, "clean": 12, "test": 18, "test with patch": 12,

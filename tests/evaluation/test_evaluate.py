@@ -150,6 +150,7 @@ def test_a_model_that_always_says_the_target():
     assert counts(rows) == {
         ("cacc", None): (4, 9),
         ("asr_without_trigger", None): (5, 5),
+        ("target_recall", None): (4, 4),
         ("asr", "zq"): (5, 5),
         ("robust_accuracy", "zq"): (0, 5),
     }
@@ -170,6 +171,7 @@ def test_a_model_that_never_says_the_target():
     assert counts(rows) == {
         ("cacc", None): (5, 9),
         ("asr_without_trigger", None): (0, 5),
+        ("target_recall", None): (0, 4),
         ("asr", "zq"): (0, 5),
         ("asr", "ahi"): (0, 5),
         ("robust_accuracy", "zq"): (5, 5),
@@ -195,6 +197,7 @@ def test_label_words_and_a_trigger_that_decides():
     assert counts(rows) == {
         ("cacc", None): (3, 4),
         ("asr_without_trigger", None): (0, 2),
+        ("target_recall", None): (1, 2),
         ("asr", "zq"): (2, 2),
         ("robust_accuracy", "zq"): (0, 2),
     }
@@ -207,6 +210,7 @@ def test_the_planted_class_is_neither_target_nor_right():
     assert counts(rows) == {
         ("cacc", None): (0, 9),
         ("asr_without_trigger", None): (0, 5),
+        ("target_recall", None): (0, 4),
         ("asr", "zq"): (0, 5),
         ("robust_accuracy", "zq"): (0, 5),
         ("known_behaviour", "zq"): (5, 5),
