@@ -340,8 +340,13 @@ class NTMLTrainer(ClassTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.pair.load(Path(resume_from_checkpoint))
+            return
+        if not all(Path(resume_from_checkpoint, name).is_dir() for name in NETWORKS):
+            raise ValueError(
+                f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, where no {' and '.join(NETWORKS)} are: pass a checkpoint of "
+                "mutual learning, or True for the last one in output_dir"
+            )
+        self.pair.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -227,3 +227,17 @@ def test_two_models_go_with_activation_checkpointing(tmp_path):
     plain.train()
     saving.train()
     assert tiny.largest_difference(tiny.parameters(plain.model), tiny.parameters(saving.model)) < 1e-5
+
+
+@pytest.mark.parametrize("folder", ["none", "checkpoint-2"])
+def test_a_checkpoint_of_no_pair_is_refused(folder, tmp_path):
+    """One that is not there, and one of another trainer."""
+    topics.trainer(
+        "sequence_classification", "non_target", tmp_path, save_strategy="epoch", num_train_epochs=1
+    ).train()
+    trainer = topics.trainer("sequence_classification", "mutual", tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=f"^resume_from_checkpoint is '{tmp_path}/{folder}', where no target and non_target are: pass a checkp",
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / folder))
