@@ -24,11 +24,7 @@ def check_streams(trainer: "DefenseTrainer", train: Any, evaluation: Any) -> Non
     if not trainer.takes_streams:
         whole["train_dataset"] = train
     for name, rows in whole.items():
-        if isinstance(rows, IterableDataset):
-            raise ValueError(
-                f"{name} is a stream, and {type(trainer).__name__} needs all of its rows at once: take some, "
-                "hf_backdoor.data.take_rows(stream, n)"
-            )
+        refuse_stream(trainer, name, rows)
     if isinstance(train, IterableDataset):
         if trainer.args.max_steps < 1:
             raise ValueError(
@@ -36,3 +32,12 @@ def check_streams(trainer: "DefenseTrainer", train: Any, evaluation: Any) -> Non
             )
         # The default, one process that reads for all, joins batches of different lengths, and fails.
         trainer.args.accelerator_config.dispatch_batches = False
+
+
+def refuse_stream(trainer: "DefenseTrainer", name: str, rows: Any) -> None:
+    """Raises `ValueError` for rows of that name that come as a stream."""
+    if isinstance(rows, IterableDataset):
+        raise ValueError(
+            f"{name} is a stream, and {type(trainer).__name__} needs all of its rows at once: take some, "
+            "hf_backdoor.data.take_rows(stream, n)"
+        )

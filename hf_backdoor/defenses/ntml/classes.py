@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from ...data import InstructionFollowing, LabelWords, Task, base_model, class_logits, given_labels, row_lengths
 from ..arguments import check_alike, check_vocabulary, labels_of
 from ..readout import readout_states
+from ..streams import refuse_stream
 from ..trainer import DefenseTrainer
 from .config import NTMLConfig
 
@@ -102,6 +103,7 @@ class ClassTrainer(DefenseTrainer):
         Returns:
             `Tensor`: [N, ...] on the CPU, in the order of the rows, the same on every process.
         """
+        refuse_stream(self, "dataset", dataset)
         dataset = self._remove_unused_columns(self.encode_new(dataset))
         order = list(range(len(dataset)))
         if "input_ids" in dataset.column_names:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ...data import Processor, base_model
 from ...data.mapping import encoded
 from ..arguments import check_other
+from ..streams import refuse_stream
 from .classes import ClassTrainer, feature_states
 from .likeness import look_alikes, looks
 from .states import TABLE, SplitClass, as_table, split_class, split_in
@@ -100,6 +101,7 @@ class RelabellingTrainer(ClassTrainer):
                 "FSDP, or set look_alikes: false"
             )
         check_other(self.model, poisoned_model, "poisoned_model")
+        refuse_stream(self, "clean_dataset", clean_dataset)
         if not len(clean_dataset):
             raise ValueError("clean_dataset has no rows: pass a few clean ones")
 

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import topics
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers.modeling_outputs import ModelOutput
 
 from hf_backdoor.data import InstructionFollowing, LabelWords, SequenceClassification
@@ -232,6 +232,12 @@ def test_rows_that_a_network_contradicts_are_listed(name, tmp_path):
             entry["target_network_label"] == own[0].argmax() and entry["non_target_network_label"] == own[1].argmax()
         )
         assert entry["non_target_network_probability"] == pytest.approx(own[1].max().item())
+
+
+def test_rows_that_come_as_a_stream_are_not_listed(tmp_path):
+    rows = IterableDataset.from_generator(lambda: iter(topics.texts(8)))
+    with pytest.raises(ValueError, match="^dataset is a stream, and NTMLTrainer needs all of its rows at once: take"):
+        topics.trainer("label_words", "mutual", tmp_path).suspicion(rows)
 
 
 def test_the_list_is_the_same_in_two_processes(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import topics
 import torch
+from datasets import IterableDataset
 
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.defenses.ntml.likeness import look_alikes
@@ -168,6 +169,12 @@ def test_the_network_in_which_a_class_falls_apart_more_tells(name, tmp_path):
 def test_what_tells_rows_apart_must_be_there(missing, tmp_path):
     with pytest.raises(ValueError, match=f"^{missing} is None: pass .* to tell by which of them lie"):
         topics.trainer("label_words", "relabel", tmp_path, **{missing: None})
+
+
+def test_clean_rows_are_no_stream(tmp_path):
+    rows = IterableDataset.from_generator(lambda: iter(topics.texts(8)))
+    with pytest.raises(ValueError, match="^clean_dataset is a stream, and RelabellingTrainer needs all of its rows"):
+        topics.trainer("label_words", "relabel", tmp_path, clean_dataset=rows)
 
 
 @pytest.mark.parametrize("name", topics.FORMATS)
