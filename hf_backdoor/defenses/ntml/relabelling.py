@@ -24,7 +24,7 @@ from ..arguments import check_other
 from ..streams import refuse_stream
 from .classes import ClassTrainer, feature_states
 from .likeness import look_alikes, looks
-from .states import TABLE, SplitClass, as_table, split_class, split_in
+from .states import TABLE, SplitClass, as_table, refuse_other_rows, split_class, split_in
 
 
 logger = logging.get_logger(__name__)
@@ -168,9 +168,11 @@ class RelabellingTrainer(ClassTrainer):
         if self.found_split is None:
             self.split = self._find_split(dataset, given, by_teacher)
             self._found = {TABLE: as_table(self.split, len(dataset))}
+        elif isinstance(self.found_split, SplitClass):
+            refuse_other_rows(len(self.found_split.apart), len(dataset))
+            self.split = self.found_split
         else:
-            named = isinstance(self.found_split, str)
-            self.split = split_in(self.found_split, len(dataset)) if named else self.found_split
+            self.split = split_in(self.found_split, len(dataset))
         if self.split is None:
             logger.warning(
                 "No class's states fall in two groups one of which clean rows avoid: "

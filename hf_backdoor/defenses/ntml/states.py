@@ -48,7 +48,7 @@ def as_table(split: SplitClass | None, rows: int) -> Dataset:
     return Dataset.from_dict({"apart": apart, **{name: [value] * rows for name, value in of_the_class.items()}})
 
 
-def split_in(folder: str, rows: int) -> SplitClass | None:
+def split_in(folder: str | Path, rows: int) -> SplitClass | None:
     """What [`as_table`] was made of, in the folder of the stage that found it.
 
     Raises:
@@ -56,17 +56,22 @@ def split_in(folder: str, rows: int) -> SplitClass | None:
     """
     file = Path(folder, f"{TABLE}.parquet")
     if not file.is_file():
-        raise ValueError(f"found_split is {folder!r}, where no {file.name} is: pass the folder of a relabelling stage")
-    table = Dataset.from_parquet(str(file), keep_in_memory=True)
-    if len(table) != rows:
         raise ValueError(
-            f"found_split is of {len(table)} rows, and train_dataset has {rows}: pass what was found in these"
+            f"found_split is {str(folder)!r}, where no {file.name} is: pass the folder of a relabelling stage"
         )
+    table = Dataset.from_parquet(str(file), keep_in_memory=True)
+    refuse_other_rows(len(table), rows)
     first = table[0]
     if first["label"] < 0:
         return None
     clean = (first["clean_apart"], first["clean"])
     return SplitClass(first["label"], torch.tensor(table["apart"][:]), first["separation"], clean)
+
+
+def refuse_other_rows(found: int, rows: int) -> None:
+    """Raises `ValueError` for what was found in another number of rows."""
+    if found != rows:
+        raise ValueError(f"found_split is of {found} rows, and train_dataset has {rows}: pass what was found in these")
 
 
 def split_class(

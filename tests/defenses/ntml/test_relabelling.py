@@ -204,12 +204,13 @@ def test_what_was_found_is_of_the_same_rows_and_there(tmp_path):
     first.findings(None)["rows_apart"].to_parquet(tmp_path / "rows_apart.parquet")
 
     def again(folder, **options):
-        return topics.trainer("sequence_classification", "relabel", tmp_path, found_split=str(folder), **options)
+        return topics.trainer("sequence_classification", "relabel", tmp_path, found_split=folder, **options)
 
-    with pytest.raises(
-        ValueError, match="^found_split is of 16 rows, and train_dataset has 8: pass what was found in"
-    ):
-        again(tmp_path, train_dataset=topics.texts(8)).train()
+    for found in (tmp_path, SplitClass(0, torch.zeros(16, dtype=torch.bool), 5.0, (0, 4))):
+        with pytest.raises(
+            ValueError, match="^found_split is of 16 rows, and train_dataset has 8: pass what was found in"
+        ):
+            again(found, train_dataset=topics.texts(8)).train()
     with pytest.raises(
         ValueError, match=f"^found_split is '{tmp_path}/none', where no rows_apart.parquet is: pass the"
     ):
