@@ -9,6 +9,7 @@ however the step is cut into micro-batches and spread over processes.
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class DefenseTrainer(RawRowsTrainer):
             How rows become the model's inputs; found from the model, the columns and `args` by default.
         peft_config (`PeftConfig`, *optional*):
             Trains an adapter in place of all the weights.
-        teacher_model (`PreTrainedModel` or `str`, *optional*):
+        teacher_model (`PreTrainedModel`, `str` or `Path`, *optional*):
             Second model of a method that distils (`takes_teacher`), or its folder: frozen, and loaded when it is first needed.
         kwargs:
             Everything else that `Trainer` takes, but for `model_init` and `compute_loss_func`.
@@ -102,7 +103,7 @@ class DefenseTrainer(RawRowsTrainer):
         processing_class: Processor | None = None,
         task: Task | None = None,
         peft_config: PeftConfig | None = None,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | Path | None = None,
         **kwargs: Any,
     ):
         args = self.config_class()("tmp_trainer") if args is None else args
@@ -212,10 +213,10 @@ class DefenseTrainer(RawRowsTrainer):
     def check_teacher(self, teacher: PreTrainedModel) -> None:
         """Raises `ValueError` for a teacher that the student can't learn from. Override."""
 
-    def frozen(self, model: PreTrainedModel | str) -> PreTrainedModel:
+    def frozen(self, model: PreTrainedModel | str | Path) -> PreTrainedModel:
         """A model beside the trained one, or its folder: frozen, in evaluation mode, on the device. One that is read from a
         folder runs under autocast only, where the training does."""
-        if isinstance(model, str):
+        if isinstance(model, str | Path):
             student = base_model(self.model)
             attention = student.config._attn_implementation
             model = auto_class(student).from_pretrained(

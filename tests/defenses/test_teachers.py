@@ -53,6 +53,14 @@ def test_a_model_is_not_its_own_teacher(method, argument, adapter, tmp_path):
             topics.trainer(NAME, method, tmp_path, **models)
 
 
+def test_a_model_s_folder_may_be_a_path(tmp_path):
+    for seed in (7, topics.POISONED):
+        topics.network(NAME, seed).save_pretrained(tmp_path / str(seed))
+    options = {"poisoned_model": tmp_path / str(topics.POISONED), "teacher_model": tmp_path / "7"}
+    topics.trainer(NAME, "relabel", tmp_path, max_steps=1, **options).train()
+    topics.trainer(NAME, "mutual", tmp_path, max_steps=1, target_model=tmp_path / "7").train()
+
+
 def test_a_teacher_that_would_not_be_asked_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^teacher_model is given, and stages is .*: leave it out, or set stages"):
         tiny.trainer("label_words", "mbtsad", tmp_path, teacher_model=tiny.model("llama", 7))

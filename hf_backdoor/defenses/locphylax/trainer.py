@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
             As in [`InformedTrainer`]; `train_dataset` is clean rows, `eval_dataset` held-out clean rows, both *raw*
             (with text), since triggers are put into their text. Soft triggers are planted as one trigger more, and answers are
             wanted for recovery only.
-        found_triggers (`Sequence[str]` or `str`, *optional*):
+        found_triggers (`Sequence[str]`, `str` or `Path`, *optional*):
             What a [`TriggerSearchTrainer`] found, or its folder: planted as one trigger more, in turn. Wanted where
             `args.searched_triggers` is set.
 
@@ -76,10 +77,10 @@ class LocphylaxTrainer(InformedTrainer, StagedTrainer):
     def __init__(
         self,
         *args: Any,
-        found_triggers: Sequence[str] | str | None = None,
+        found_triggers: Sequence[str] | str | Path | None = None,
         **kwargs: Any,
     ):
-        if isinstance(found_triggers, str):
+        if isinstance(found_triggers, str | Path):
             found_triggers = FoundTriggers.from_pretrained(found_triggers)
         self.found_triggers = list(found_triggers or ())
         self.stage: str | None = None

@@ -54,7 +54,7 @@ class MBTSADTrainer(InformedTrainer, StagedTrainer):
             As in [`InformedTrainer`].
         train_dataset (`Dataset`):
             Clean rows; *raw* ones (with text) for retraining, which splits their words, and with soft triggers.
-        teacher_model (`PreTrainedModel` or `str`, *optional*):
+        teacher_model (`PreTrainedModel`, `str` or `Path`, *optional*):
             For `stages=["distil"]`: the retrained model, or its folder. None where the model is a `PeftModel` with an adapter named
             `teacher` beside the one that is trained.
 

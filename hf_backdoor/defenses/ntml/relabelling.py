@@ -8,6 +8,7 @@ networks tell that the poison was learnt by ([`split_class`]).
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,13 +56,13 @@ class RelabellingTrainer(ClassTrainer):
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`DefenseTrainer`]; `train_dataset` is the suspect rows. The model must not come from the target
             network, or it would bring the backdoor along: start from what the target network was trained from.
-        poisoned_model (`PreTrainedModel` or `str`, *optional*):
+        poisoned_model (`PreTrainedModel`, `str` or `Path`, *optional*):
             A network that was trained on the suspect rows as they are: its states tell rows apart.
         clean_dataset (`Dataset`, *optional*):
             Clean rows: they tell which of the two groups is the attacker's.
-        found_split ([`SplitClass`] or `str`, *optional*):
+        found_split ([`SplitClass`], `str` or `Path`, *optional*):
             In place of these two, what an earlier training on the same rows has found ([`split`]), or the folder in which a run keeps it.
-        teacher_model (`PreTrainedModel` or `str`, *optional*):
+        teacher_model (`PreTrainedModel`, `str` or `Path`, *optional*):
             The network that says what rows are: what mutual learning ended with, or what an earlier training of this kind made.
 
     Raises:
@@ -78,9 +79,9 @@ class RelabellingTrainer(ClassTrainer):
     def __init__(
         self,
         *args: Any,
-        poisoned_model: PreTrainedModel | str | None = None,
+        poisoned_model: PreTrainedModel | str | Path | None = None,
         clean_dataset: Dataset | None = None,
-        found_split: SplitClass | str | None = None,
+        found_split: SplitClass | str | Path | None = None,
         **kwargs: Any,
     ):
         self.poisoned_model, self.clean_dataset, self.found_split = poisoned_model, clean_dataset, found_split

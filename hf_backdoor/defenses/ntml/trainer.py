@@ -50,7 +50,7 @@ class NonTargetTrainer(ClassTrainer):
             As in [`DefenseTrainer`]; `train_dataset` is the suspect rows. The model must not come from the target
             network, or it would bring the backdoor along: start from what the target network was trained from.
             Or, for two adapters in one frozen model, a `PeftModel` with adapters `target` (trained) and `non_target`.
-        teacher_model (`PreTrainedModel` or `str`):
+        teacher_model (`PreTrainedModel`, `str` or `Path`):
             The target network: the model that was trained on the suspect rows as they are.
 
     Raises:
@@ -122,7 +122,7 @@ class NTMLTrainer(ClassTrainer):
         model, args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`DefenseTrainer`]; `model` is the non-target network, `train_dataset` is clean rows, `eval_dataset`
             held-out clean rows. Or `model` is a `PeftModel` with adapters `target` and `non_target` in one frozen model.
-        target_model (`PreTrainedModel` or `str`, *optional*):
+        target_model (`PreTrainedModel`, `str` or `Path`, *optional*):
             The target network, or its folder. It is changed in place.
         peft_config (`PeftConfig`, *optional*):
             Trains an adapter in each network, in place of all the weights.
@@ -132,7 +132,7 @@ class NTMLTrainer(ClassTrainer):
             DeepSpeed ZeRO-3.
     """
 
-    def __init__(self, *args: Any, target_model: PreTrainedModel | str | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, target_model: PreTrainedModel | str | Path | None = None, **kwargs: Any):
         self.target_model = target_model
         # Which network is the product; decided when training ends.
         self.chosen: str | None = None
@@ -173,7 +173,7 @@ class NTMLTrainer(ClassTrainer):
             )
         self.check_launch(is_deepspeed_zero3_enabled())
         target = self.target_model
-        if isinstance(target, str):
+        if isinstance(target, str | Path):
             own = base_model(model)
             target = type(own).from_pretrained(
                 target, use_safetensors=True, dtype=own.dtype, attn_implementation=own.config._attn_implementation

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
@@ -27,9 +28,9 @@ class InformedTrainer(DefenseTrainer):
     Args:
         model, args, train_dataset, processing_class, kwargs:
             As in [`DefenseTrainer`].
-        found_soft_triggers (`SoftTriggers` or `str`, *optional*):
+        found_soft_triggers (`SoftTriggers`, `str` or `Path`, *optional*):
             What a [`SoftTriggerTrainer`] found, or its folder. Wanted where `args.soft_triggers` is set.
-        found_answers (`OwnAnswers` or `str`, *optional*):
+        found_answers (`OwnAnswers`, `str` or `Path`, *optional*):
             The same of an [`OwnAnswersTrainer`], wanted where `args.own_answers` is set.
     """
 
@@ -38,13 +39,13 @@ class InformedTrainer(DefenseTrainer):
     def __init__(
         self,
         *args: Any,
-        found_soft_triggers: SoftTriggers | str | None = None,
-        found_answers: OwnAnswers | str | None = None,
+        found_soft_triggers: SoftTriggers | str | Path | None = None,
+        found_answers: OwnAnswers | str | Path | None = None,
         **kwargs: Any,
     ):
-        if isinstance(found_soft_triggers, str):
+        if isinstance(found_soft_triggers, str | Path):
             found_soft_triggers = SoftTriggers.from_pretrained(found_soft_triggers)
-        if isinstance(found_answers, str):
+        if isinstance(found_answers, str | Path):
             found_answers = OwnAnswers.from_pretrained(found_answers)
         self.soft_triggers = found_soft_triggers
         self.answers = found_answers

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ class RobustKDTrainer(InformedTrainer):
             The student. [`student_from_layers`] makes one of the teacher.
         args ([`RobustKDConfig`]):
             Training arguments.
-        teacher_model (`PreTrainedModel` or `str`):
+        teacher_model (`PreTrainedModel`, `str` or `Path`):
             The suspect teacher, or its folder.
-        feature_mask ([`FeatureMask`] or `str`, *optional*):
+        feature_mask ([`FeatureMask`], `str` or `Path`, *optional*):
             The fitted mask, or its folder. Without one this is plain feature distillation, which takes a backdoor along.
         train_dataset, eval_dataset, processing_class, found_soft_triggers, found_answers, kwargs:
             As in [`InformedTrainer`]; what was found was found in the teacher. Without text: rows of any kind, a `data_collator`,
@@ -74,7 +75,7 @@ class RobustKDTrainer(InformedTrainer):
     def __init__(
         self,
         *args: Any,
-        feature_mask: FeatureMask | str | None = None,
+        feature_mask: FeatureMask | str | Path | None = None,
         **kwargs: Any,
     ):
         self.feature_mask = feature_mask
@@ -160,7 +161,7 @@ class RobustKDTrainer(InformedTrainer):
     def mask(self) -> FeatureMask | None:
         """The mask, frozen, on the device."""
         mask = self.feature_mask
-        if isinstance(mask, str):
+        if isinstance(mask, str | Path):
             mask = FeatureMask.from_pretrained(mask)
         return None if mask is None else mask.requires_grad_(False).to(self.args.device)
 
