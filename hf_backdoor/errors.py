@@ -4,11 +4,18 @@ import sys
 from collections.abc import Callable
 
 
+# What a shell says of a command that Ctrl-C has ended.
+INTERRUPTED = 130
+
+
 def in_one_line(work: Callable[[], int]) -> int:
     """The exit status of some work. What the user, or the system (a full disk, a folder that can't be written), has made fail
-    ends in one line; all else is a defect of this package, and keeps its traceback."""
+    or interrupted ends in one line; all else is a defect of this package, and keeps its traceback."""
     try:
         return work()
+    except KeyboardInterrupt:
+        sys.stderr.write("hf-backdoor: interrupted: a run goes on where it stopped when it is started again\n")
+        return INTERRUPTED
     except ValueError as error:
         reason = str(error)
     except OSError as error:

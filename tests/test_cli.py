@@ -159,6 +159,18 @@ def test_a_model_that_is_not_there_is_named(command, name, reviews, tmp_path, ca
 # ---- Recipes ----
 
 
+def test_a_run_that_is_interrupted_says_that_it_goes_on(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_backdoor.run.main", interrupted)
+    assert main(["run", "quickstart"]) == 130
+    assert (
+        capsys.readouterr().err
+        == "hf-backdoor: interrupted: a run goes on where it stopped when it is started again\n"
+    )
+
+
 def test_recipes_lists_the_shipped_ones(capsys):
     assert main(["recipes"]) == 0
     assert "quickstart" in capsys.readouterr().out
