@@ -47,6 +47,11 @@ class DefenseCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if padding_id(self.tokenizer) is None:
             raise ValueError("pad_token is None, and so is the tokenizer's eos_token: set tokenizer.pad_token")
+        if "input_ids" not in features[0]:
+            raise ValueError(
+                f"rows have no input_ids ({', '.join(sorted(features[0]))}), and the trainer tokenizes none: it was made without raw rows, so "
+                "make it with some, or with task=, for example SequenceClassification(num_labels)"
+            )
         causal = "prompt_length" in features[0]
         batch = self._causal(features) if causal else self._classification(features)
         batch["trigger_id"] = torch.tensor([feature.get("trigger_id", 0) for feature in features])

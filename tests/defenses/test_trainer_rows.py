@@ -11,7 +11,7 @@ from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaF
 
 from hf_backdoor.attacks import EmbeddingPoisoningTrainer
 from hf_backdoor.data import ImageClassification, load_rows, take_rows
-from hf_backdoor.defenses import DefenseTrainer
+from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
 from hf_backdoor.defenses.locphylax import LocphylaxTrainer
 from hf_backdoor.defenses.mbtsad import MBTSADConfig, MBTSADTrainer
 from hf_backdoor.defenses.ntml import NonTargetTrainer, NTMLTrainer, RelabellingTrainer
@@ -301,6 +301,20 @@ def test_a_dictionary_of_raw_sets_can_be_evaluated_on(tmp_path):
     assert {name: metrics[f"eval_{name}_loss"] for name in sets} == {
         name: trainer.evaluate(rows)["eval_loss"] for name, rows in sets.items()
     }
+
+
+def test_raw_rows_that_nothing_tokenizes_are_refused_with_what_tokenizes_them(tmp_path):
+    """A trainer that was made without raw rows knows no task; with one, it takes them."""
+    rows = tiny.reviews(8)
+    options = {"args": DefenseConfig(str(tmp_path), use_cpu=True), "processing_class": tiny.tokenizer("bert")}
+    trainer = DefenseTrainer(model=tiny.model("bert"), **options)
+    with pytest.raises(
+        ValueError, match=r"^rows have no input_ids \(label\), and the trainer .* with task=, for example"
+    ):
+        trainer.evaluate(rows)
+    assert "eval_loss" in DefenseTrainer(
+        model=tiny.model("bert"), task=tiny.task("sequence_classification"), **options
+    ).evaluate(rows)
 
 
 def test_raw_and_tokenized_rows_train_alike(tmp_path):
