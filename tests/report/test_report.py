@@ -257,4 +257,4 @@ def test_method_without_a_paper_is_named(tmp_path):
     results = make_results(recipe={"method": "weight_averaging"})
     page = Page((report_of(results, tmp_path) / "index.html").read_text())
     assert "The defense was weight_averaging." in page.text
-    assert "the suspect after weight\\_averaging." in model_card(results, "me/tiny").text
+    assert "the cleaned model, which was made by weight\\_averaging." in model_card(results, "me/tiny").text
