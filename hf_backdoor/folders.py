@@ -83,6 +83,12 @@ def refuse_to_clear(recipe: Recipe, stages: list[str]) -> None:
             raise ValueError(
                 f"{key} is {name!r}, which this run would write over: choose another output_dir than {str(run)!r}"
             )
+        if key.endswith("dataset_name") and run.resolve().is_relative_to(Path(name).resolve()):
+            # A folder's rows are those of all files in it.
+            raise ValueError(
+                f"output_dir is {str(run)!r}, in {name!r}, which is {key}: what the run writes would be read as rows; choose another "
+                "output_dir"
+            )
 
 
 def begin(folder: Path, made_from: dict[str, Any]) -> str | None:

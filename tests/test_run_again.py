@@ -132,6 +132,18 @@ def test_a_run_does_not_write_over_the_rows_that_it_reads(workshop, tmp_path):
     assert rows.read_bytes() == before
 
 
+@pytest.mark.parametrize("inside", ["", "runs/mine"])
+def test_a_run_writes_nothing_into_a_folder_of_rows(inside, workshop, tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    shutil.copy(workshop / "reviews_train.jsonl", rows / "mine.jsonl")
+    with pytest.raises(
+        ValueError, match="^output_dir is '.*', in '.*rows', which is dataset_name: what the run writes"
+    ):
+        execute(settings(workshop, rows / inside, **PLAIN, max_steps=1, dataset_name=str(rows)))
+    assert [path.name for path in rows.iterdir()] == ["mine.jsonl"]
+
+
 # ---- Why something is made again ----
 
 
