@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 
 # In place of a label.
 LEFT_OUT = -1
+# How much of its agreement with the rest of a class a network shows with rows apart whose labels are right.
+AS_OFTEN = 0.5
 # How many times the median class's share of denied rows makes a class stand out.
 OUTLYING = 2.0
 
@@ -47,8 +49,9 @@ class RelabellingTrainer(ClassTrainer):
     groups there; clean rows avoid one of them, which stands apart. What mutual learning ends with has learnt of them too: of both, that
     network tells in which a class falls apart more. In that class alone labels change, as [`corrected_labels`] says: where the
     teacher contradicts them they become its own or the row is left out, and rows apart that it agrees with are left out too. Where
-    no class falls in such groups, the teacher says which class it is as well. Without a teacher the rows apart are left out, and no
-    more. With `look_alikes`, rows that look like those apart to the model, before it is trained, count as such
+    no class falls in such groups, the teacher says which class it is as well. Given a `found_split`, the teacher has learnt these rows
+    without those apart, and may find their labels right ([`rightly_labelled`]): then, or without a teacher the rows apart
+    are left out, and no more. With `look_alikes`, rows that look like those apart to the model, before it is trained, count as such
     ([`~likeness.look_alikes`]). The networks run once, before the first step. [`changes`] lists what became of the rows, and [`split`]
     is what tells it.
 
@@ -189,10 +192,12 @@ class RelabellingTrainer(ClassTrainer):
                 "is taken for the attacker's. Clean rows of this class would tell."
             )
         apart = torch.zeros_like(given, dtype=torch.bool) if self.split is None else self.split.apart
-        if by_teacher is None:
-            probabilities, labels = None, given.masked_fill(apart, LEFT_OUT)
+        probabilities = None if by_teacher is None else by_teacher[0]
+        if probabilities is None or (
+            self.found_split is not None and rightly_labelled(given, probabilities, self.split)
+        ):
+            labels = given.masked_fill(apart, LEFT_OUT)
         else:
-            probabilities = by_teacher[0]
             labels = corrected_labels(given, probabilities, self.args.relabel_below, self.split)
         rows, said = (labels != given).nonzero()[:, 0], {}
         if probabilities is not None:
@@ -246,6 +251,21 @@ def corrected_labels(given: Tensor, probabilities: Tensor, below: float, split: 
         return torch.where(given == split.label, corrected, given)
     outlying = outlying_classes(given, denied, probabilities.shape[1])[given]
     return torch.where(outlying, corrected, given.masked_fill(denied, LEFT_OUT))
+
+
+def rightly_labelled(given: Tensor, probabilities: Tensor, split: SplitClass | None) -> bool:
+    """Whether the rows apart have their right label, and a trigger besides (a clean-label attack): the network says it of them at least
+    half as often as of the rest of the class. To correct them then is to forget the class, which no ASR shows.
+
+    Args:
+        given (`Tensor`): [N].
+        probabilities (`Tensor`): [N, K], of a network that has not learnt rows apart with these labels, so that it has no backdoor to agree by.
+        split (`SplitClass`, *optional*): What states tell.
+    """
+    if split is None:
+        return False
+    agreed, rest = probabilities.argmax(dim=1) == given, (given == split.label) & ~split.apart
+    return bool(agreed[split.apart].float().mean() >= AS_OFTEN * agreed[rest].float().mean())
 
 
 def outlying_classes(given: Tensor, denied: Tensor, num_classes: int) -> Tensor:

@@ -11,7 +11,7 @@ from datasets import IterableDataset
 
 from hf_backdoor.defenses import DefenseTrainer
 from hf_backdoor.defenses.ntml.likeness import look_alikes
-from hf_backdoor.defenses.ntml.relabelling import LEFT_OUT, corrected_labels, outlying_classes
+from hf_backdoor.defenses.ntml.relabelling import LEFT_OUT, corrected_labels, outlying_classes, rightly_labelled
 from hf_backdoor.defenses.ntml.states import SplitClass, split_class
 
 
@@ -35,6 +35,22 @@ def test_in_the_attacker_s_class_alone_labels_change():
         0, LEFT_OUT, LEFT_OUT, LEFT_OUT, 1, 1, 1, 1, 1,
     ]  # fmt: skip
     assert corrected_labels(given, probabilities, 0.4, split).tolist() == [0, 1, 1, LEFT_OUT, 1, 1, 1, 1, 1]
+
+
+def test_labels_are_right_that_are_found_half_as_often_as_in_the_rest_of_the_class():
+    agreed, denied = [0.9, 0.06, 0.04], [0.1, 0.8, 0.1]
+    given = torch.tensor([0] * 8 + [2])
+    split = SplitClass(0, torch.tensor([True] * 4 + [False] * 5), 5.0, (0, 4))
+
+    def right(apart, rest):
+        said = [agreed] * apart + [denied] * (4 - apart) + [agreed] * rest + [denied] * (4 - rest) + [denied]
+        return rightly_labelled(given, torch.tensor(said), split)
+
+    # A class that the network hardly knows at all can be a right one.
+    assert [right(apart, 4) for apart in range(5)] == [False, False, True, True, True]
+    assert [right(apart, 3) for apart in range(5)] == [False, False, True, True, True]
+    assert [right(apart, 2) for apart in range(5)] == [False, True, True, True, True]
+    assert not rightly_labelled(given, torch.tensor([agreed] * 9), None)
 
 
 def test_without_a_split_a_contradicted_label_is_changed_where_it_is_unlikely_and_its_row_left_out_elsewhere():
@@ -181,8 +197,10 @@ def test_clean_rows_are_no_stream(tmp_path):
 @pytest.mark.parametrize("falls_apart", [True, False], ids=["a class falls apart", "none does"])
 def test_what_was_found_once_is_taken_over(name, falls_apart, tmp_path):
     """It changes the same rows, and no network but the teacher goes over them again."""
-    rows = topics.planted(name, 64) if falls_apart else None
-    options = {"max_steps": 2, "relabel_below": 0.2, **({"train_dataset": rows} if falls_apart else {})}
+    # A network that does not agree with the rows apart as with others.
+    teacher = topics.sharpen(topics.network(name, {"label_words": 8, "images": 13}.get(name, 7)))
+    options = {"max_steps": 2, "relabel_below": 0.2, "teacher_model": teacher}
+    options |= {"train_dataset": topics.planted(name, 64)} if falls_apart else {}
     first = topics.trainer(name, "relabel", tmp_path, look_alikes=True, **options)
     first.train()
     assert (first.split is not None) == falls_apart
@@ -196,6 +214,21 @@ def test_what_was_found_once_is_taken_over(name, falls_apart, tmp_path):
         assert again.changes.to_dict() == first.changes.to_dict() and again.poisoned_model is None
         assert list(again.findings(None)) == ["relabelled"]
         assert tiny.largest_difference(tiny.parameters(again.model), tiny.parameters(first.model)) == 0
+
+
+@pytest.mark.parametrize("name", ["label_words", "images"])
+def test_labels_that_an_earlier_training_finds_right_stay(name, tmp_path):
+    """Rows apart are left out then, though the teacher contradicts them and others of their class."""
+    rows, teacher = topics.planted(name, 64), topics.sharpen(topics.network(name, 7))
+    options = {"max_steps": 1, "relabel_below": 0.2, "train_dataset": rows, "teacher_model": teacher}
+    first = topics.trainer(name, "relabel", tmp_path, **options)
+    first.train()
+    again = topics.trainer(name, "relabel", tmp_path, found_split=first.split, **options)
+    again.train()
+    apart = first.split.apart.nonzero()[:, 0].tolist()
+    assert again.changes["row"][:] == apart and all(again.changes["left_out"][:])
+    assert again.changes["likeliest_label"][:] != again.changes["given_label"][:]
+    assert set(apart) < set(first.changes["row"][:]) and not all(first.changes["left_out"][:])
 
 
 def test_what_was_found_is_of_the_same_rows_and_there(tmp_path):
