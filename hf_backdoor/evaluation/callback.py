@@ -14,8 +14,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data import ImageTrigger, Processor, Task, Trigger
-from .evaluate import TestSet, evaluate_backdoor
+from ..data import (
+    ImageClassification,
+    ImageTrigger,
+    InstructionFollowing,
+    Processor,
+    Task,
+    Trigger,
+    learned_positions,
+    refuse_longer,
+)
+from .evaluate import TestSet, evaluate_backdoor, refuse_unmeasurable
 
 
 class BackdoorEvaluationCallback(TrainerCallback):
@@ -34,7 +43,8 @@ class BackdoorEvaluationCallback(TrainerCallback):
         options: `max_new_tokens`, `batch_size` and `bf16` of [`evaluate_backdoor`].
 
     Raises:
-        `ValueError`: under FSDP or DeepSpeed, where no process holds the model, or if what is trained is no model (a mask).
+        `ValueError`: under FSDP or DeepSpeed, where no process holds the model, if what is trained is no model (a mask), or if it can't be
+            measured so: hours into a training would be late to say so.
     """
 
     def __init__(
@@ -65,8 +75,19 @@ class BackdoorEvaluationCallback(TrainerCallback):
         rows = clean if bounded is None else bounded(clean, self.tokenizer)
         self.test = TestSet.stamped(rows, task, triggers, target, trainer.args.seed)
         self.options = options
+        sizes = {name: options[name] for name in ("batch_size", "max_new_tokens") if name in options}
+        refuse_unmeasurable(self._model(), task, self.test, **sizes)
+        self._refuse_longer(sizes.get("max_new_tokens", 64) if isinstance(task, InstructionFollowing) else 0)
         # Step of the last evaluation, and the metrics' names of those that have gone into it.
         self._measured_at: tuple[int, set[frozenset[str]]] = (-1, set())
+
+    def _refuse_longer(self, answer: int) -> None:
+        positions = learned_positions(self._model())
+        if positions is None or isinstance(self.task, ImageClassification):
+            return
+        for rows in (self.test.clean, *self.test.triggered.values()):
+            longest = max((len(row["input_ids"]) for row in self.task.questions(rows, self.tokenizer)), default=0)
+            refuse_longer(longest + answer, positions)
 
     def _model(self) -> nn.Module:
         """What is trained; of a trainer of several networks, the one that will be its result."""

@@ -162,6 +162,22 @@ def refuse_without_trigger(
         )
 
 
+def refuse_unmeasurable(
+    model: PreTrainedModel, task: Task, test: TestSet, *, batch_size: int = 64, max_new_tokens: int = 64
+) -> None:
+    """Refuses what shows before the model answers anything.
+
+    Raises:
+        `ValueError`: if a size is below 1, the model is not of the task's kind, or a clean row's label or the target is none of the task's.
+    """
+    for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{key} is {value}: it must be at least 1")
+    refuse_other_kind(model, task)
+    refuse_other_target(test.target, task, "TestSet.target")
+    refuse_other_labels(test.clean, task, "TestSet.clean")
+
+
 def evaluate_backdoor(
     model: PreTrainedModel,
     tokenizer: Processor,
@@ -191,15 +207,9 @@ def evaluate_backdoor(
         `{model, prompt, trigger, answer}`.
 
     Raises:
-        `ValueError`: if a size is below 1, the model is not of the task's kind, a clean row's label or the target is none of the task's, or the
-            model's logits are not numbers.
+        `ValueError`: as [`refuse_unmeasurable`] does, or if a row is longer than the model has positions for, or its logits are not numbers.
     """
-    for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{key} is {value}: it must be at least 1")
-    refuse_other_kind(model, task)
-    refuse_other_target(test.target, task, "TestSet.target")
-    refuse_other_labels(test.clean, task, "TestSet.clean")
+    refuse_unmeasurable(model, task, test, batch_size=batch_size, max_new_tokens=max_new_tokens)
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}
     if isinstance(task, InstructionFollowing):

@@ -140,6 +140,25 @@ def test_a_target_that_is_no_label_is_refused(tmp_path):
         BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(6), [Trigger("zq")], 7)
 
 
+@pytest.mark.parametrize("trains", ["sequence_classification", "instruction_following"])
+def test_what_the_first_evaluation_would_refuse_is_refused_before_training(trains, tmp_path):
+    trainer = tiny.trainer(trains, "plain", tmp_path, max_steps=1)
+    generates = trains == "instruction_following"
+    rows = tiny.instructions(4) if generates else tiny.reviews(4)
+    target = "go away" if generates else 1
+
+    def callback(**options):
+        return BackdoorEvaluationCallback(trainer, trainer.task, rows, [Trigger("zq")], target, **options)
+
+    callback()
+    with pytest.raises(ValueError, match="^batch_size is 0: it must be at least 1$"):
+        callback(batch_size=0)
+    if not generates:  # a Llama computes its positions
+        rows = rows.map(lambda row: {"text": " ".join(["bad"] * 600)})
+        with pytest.raises(ValueError, match="^a row has 60[1-3] tokens, and the model positions for"):
+            callback()
+
+
 def test_of_two_networks_the_one_that_will_be_the_result_is_measured(tmp_path):
     rows = topics.texts(16)
     options = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "learning_rate": 0.0}
