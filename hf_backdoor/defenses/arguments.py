@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -64,6 +65,10 @@ def check_arguments(
     bare = base_model(model)
     if isinstance(bare, PreTrainedModel) and auto_class(bare) is AutoModelForCausalLM:
         _refuse_no_causal_lm(bare)
+    if not isinstance(peft_config, PeftConfig | None):
+        raise ValueError(
+            f"peft_config is {reprlib.repr(peft_config)}: pass a PeftConfig, for example peft.LoraConfig(r=16)"
+        )
     if peft_config is not None and isinstance(model, PeftModel):
         raise ValueError(
             "peft_config is given, and model has an adapter, which would not be trained any more: leave peft_config out, or "
@@ -203,8 +208,15 @@ def check_other(model: nn.Module, other: Any, argument: str) -> None:
         other: What stands beside it, if it is a model.
 
     Raises:
-        `ValueError`: if both are one, or have weights in common: there would be nothing to learn, or what is trained would freeze.
+        `ValueError`: if both are one, or have weights in common: there would be nothing to learn, or what is trained would freeze. Or
+            if it is a folder that is not there.
     """
+    # Any other text may be a model's name on the Hub.
+    folder = isinstance(other, Path) or (isinstance(other, str) and other.startswith(("/", "./", "../")))
+    if folder and not Path(other).is_dir():
+        raise ValueError(
+            f"{argument} is {str(other)!r}, where no folder is: pass a model's folder, or the model itself"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     if isinstance(other, nn.Module) and any(id(parameter) in own for parameter in other.parameters()):
         raise ValueError(

@@ -73,5 +73,7 @@ class RawRowsTrainer(CheckpointTrainer):
         return super().get_test_dataloader(self.encode_new(test_dataset))
 
     def encode_new(self, dataset: Dataset) -> Dataset:
-        """Rows that come after training has been set up."""
-        return self.encode_rows(self.bounded(dataset, self.processing_class), self.processing_class)
+        """Rows that come after training has been set up, looked through as those before were."""
+        rows = self.encode_rows(self.bounded(dataset, self.processing_class), self.processing_class)
+        check_tokens(self.model, self.processing_class, rows)
+        return rows

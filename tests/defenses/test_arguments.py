@@ -20,6 +20,7 @@ from transformers import (
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
 
 
+NAME = "sequence_classification"
 LORA = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
 
 
@@ -229,6 +230,26 @@ def test_tokens_that_the_model_does_not_know_are_refused(name, method, where, tm
     larger = tiny.model("llama" if name == "label_words" else "bert")
     larger.resize_token_embeddings(size + 8)
     tiny.trainer(name, method, tmp_path, model=larger, max_steps=1, **options).train()
+
+
+def test_rows_that_come_later_are_looked_through_as_well(tmp_path, monkeypatch):
+    tokenizer = with_one_more("brandnew", NAME)
+    monkeypatch.setattr(tiny, "tokenizer", lambda family: tokenizer)
+    trainer = plain(tmp_path)
+    for rows, line in (
+        ({"text": ["a brandnew film"], "label": [0]}, "^vocab_size is .* 'brandnew'"),
+        ({"text": [["a film"]], "label": [0]}, r"^text is \['a film'\] in row 0, which is no text"),
+    ):
+        for use in (trainer.evaluate, trainer.predict):
+            with pytest.raises(ValueError, match=line):
+                use(Dataset.from_dict(rows))
+
+
+def test_an_adapter_s_settings_are_a_peft_config(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^peft_config is \{'r': 2\}: pass a PeftConfig, for example peft.LoraConfig"
+    ):
+        plain(tmp_path, peft_config={"r": 2})
 
 
 def test_a_token_that_no_row_has_is_nothing_to_the_model(tmp_path, monkeypatch):

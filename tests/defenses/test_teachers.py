@@ -61,6 +61,22 @@ def test_a_model_s_folder_may_be_a_path(tmp_path):
     topics.trainer(NAME, "mutual", tmp_path, max_steps=1, target_model=tmp_path / "7").train()
 
 
+@pytest.mark.parametrize(
+    ("stage", "argument"),
+    [
+        ("distil", "teacher_model"),
+        ("relabel", "teacher_model"),
+        ("relabel", "poisoned_model"),
+        ("mutual", "target_model"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_refused_before_training(stage, argument, tmp_path):
+    make = tiny.trainer if stage == "distil" else topics.trainer
+    for folder in (tmp_path / "none", str(tmp_path / "none")):
+        with pytest.raises(ValueError, match=f"^{argument} is '{tmp_path}/none', where no folder is: pass a model's"):
+            make(NAME, stage, tmp_path, **{argument: folder})
+
+
 def test_a_teacher_that_would_not_be_asked_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^teacher_model is given, and stages is .*: leave it out, or set stages"):
         tiny.trainer("label_words", "mbtsad", tmp_path, teacher_model=tiny.model("llama", 7))

@@ -172,13 +172,13 @@ class NTMLTrainer(ClassTrainer):
                 "PeftModel with adapters 'target' and 'non_target' as model)"
             )
         self.check_launch(is_deepspeed_zero3_enabled())
+        check_other(model, self.target_model, "target_model")
         target = self.target_model
         if isinstance(target, str | Path):
             own = base_model(model)
             target = type(own).from_pretrained(
                 target, use_safetensors=True, dtype=own.dtype, attn_implementation=own.config._attn_implementation
             )
-        check_other(model, target, "target_model")
         if not any(parameter.requires_grad for parameter in target.parameters()):  # as a teacher it was frozen
             if isinstance(target, PeftModel):
                 target.set_adapter(target.active_adapter)  # what lies under an adapter stays as it is
