@@ -1,5 +1,7 @@
 """The command line, as a user calls it: what holds for every command, and `run`."""
 
+import re
+
 import pytest
 import tiny
 import yaml
@@ -115,10 +117,16 @@ def test_columns_of_another_kind_are_refused_in_one_line(classifier, tmp_path, c
 
 
 @pytest.mark.parametrize("command", ["run", "clean", "evaluate", "report", "publish", "recipes"])
-def test_help(command, capsys):
+def test_help_explains_every_argument_in_words(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
-    assert stopped.value.code == 0 and command in capsys.readouterr().out
+    usage, _, listed = capsys.readouterr().out.partition("\n\n")
+    assert stopped.value.code == 0 and usage.startswith(f"usage: hf-backdoor {command}")
+    # Two spaces and the argument, then, behind two more or on a line of its own, what it means.
+    explained = dict(re.findall(r"^  (--?[\w-]+|\w+)[^\n]*?(?:  |\n +)(\S+ \S.*)$", listed, re.MULTILINE))
+    assert set(re.findall(r"--\w+", usage)) <= set(explained)
+    assert "-h" in explained and all(explained.values())
 
 
 @pytest.mark.parametrize(
