@@ -127,7 +127,9 @@ def build_parser() -> Parser:
 
     publish = command("publish", publish_command, "Upload the cleaned model of a run, with a card, to the Hub.")
     publish.add_argument("run", help="folder of the run")
-    publish.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="the repository on the Hub, made if it is not there")
+    publish.add_argument(
+        "--repo_id", required=True, metavar="ORG/NAME", help="the repository on the Hub, made if it is not there"
+    )
     publish.add_argument("--private", action="store_true", default=None, help="make the repository private")
 
     command("recipes", recipes_command, "List the shipped recipes.")

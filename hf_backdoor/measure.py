@@ -84,7 +84,12 @@ def measure(options: Namespace, splits: tuple[str, ...]) -> str:
     labels = model.config.num_labels if TASKS[name].has_head else None
     task = task_of(TASKS[name], labels, options.label_words, options.prompt_template, options.system_prompt)
     refuse_other_target(target, task, "--target_label")
-    refuse_other_labels(clean, task, f"--clean {options.clean!r}", "take another --split, or rows with right labels")
+    fix = (
+        "give rows with right labels"
+        if Path(options.clean).is_file()
+        else "take another --split, or rows with right labels"
+    )
+    refuse_other_labels(clean, task, f"--clean {options.clean!r}", fix)
 
     def cut(rows: Dataset, kind: str) -> Dataset:
         if options.max_length is None:

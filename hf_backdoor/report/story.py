@@ -123,14 +123,15 @@ def tested(results: Results) -> str:
 
 def not_tested(results: Results) -> str:
     """What the evaluation says nothing about."""
-    text = (
-        "Nothing else was tested. A low ASR on the listed triggers does not prove that there is no other trigger, and"
-        " the data that was measured is not the data that you will use."
-    )
+    if triggers(results):
+        text = "Nothing else was tested. A low ASR on the listed triggers does not prove that there is no other trigger, and"
+    else:
+        text = "So nothing here tells whether there is one, and"
+    text += " the data that was measured is not the data that you will use."
     measured = {row.model.split("/")[0] for row in results.rows}
     if "control" not in measured:
         text += " No control was measured: further training alone may account for a part of the change."
-    if "reference" not in measured:
+    if "reference" not in measured and triggers(results):
         text += " No model without a backdoor was measured: the floor that the ASR can reach is not known."
     return text
 

@@ -150,6 +150,15 @@ def test_card_says_when_there_was_no_control(results):
     assert "No control was measured" in text and "floor that the ASR can reach is not known" in text
 
 
+def test_without_triggers_no_trigger_is_spoken_of(results):
+    clean = [row for row in results.rows if row.metric == "cacc" and row.model != "reference"]
+    card = model_card(make_results(rows=clean), "me/tiny").text
+    assert (
+        "No trigger was named in the evaluation.\n\nSo nothing here tells whether there is one, and the data" in card
+    )
+    assert "listed triggers" not in card and "floor" not in card
+
+
 @pytest.mark.parametrize(
     "method, link",
     [("mbtsad", "papers/2501.02754"), ("NT-ML", "papers/2508.05404"), ("robustkd", "10.1016/j.asoc.2024.111907")],
