@@ -218,6 +218,20 @@ def test_weights_that_are_not_read_are_named_in_one_line(spoil, line, classifier
     assert "\n" not in str(caught.value)
 
 
+def test_a_causal_lm_without_its_head_is_refused(tmp_path):
+    """transformers draws the head at random, and goes on."""
+    for tied in (True, False):
+        decoder = tiny.model("llama").model
+        decoder.config.tie_word_embeddings = tied
+        decoder.save_pretrained(tmp_path)
+        if tied:
+            load_model(str(tmp_path), LabelWords)
+    with pytest.raises(
+        ValueError, match=f"^model '{tmp_path}' has no weights for lm_head.weight, which would be random"
+    ):
+        load_model(str(tmp_path), LabelWords)
+
+
 def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(classifier, tmp_path, monkeypatch):
     (classifier / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass\n")
     kinds = ("AutoConfig", "AutoModelForSequenceClassification", "AutoTokenizer")
@@ -344,7 +358,9 @@ def test_a_dequantized_gguf_model_is_saved_as_a_plain_one(tmp_path, monkeypatch)
     expected = tiny.parameters(made)
     # What transformers leaves behind when it has dequantized a GGUF file.
     made.is_quantized, made.hf_quantizer, made.config.quantization_config = True, object(), {"quant_method": "gguf"}
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: made)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (made, {"missing_keys": set()})
+    )
     save_model(load_model(str(tmp_path / "model.gguf"), LabelWords), tiny.causal_tokenizer(), tmp_path / "saved")
     monkeypatch.undo()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
