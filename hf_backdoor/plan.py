@@ -14,7 +14,7 @@ from .data import SequenceClassification
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .defenses.method import asked_for
 from .layers import check_layers
-from .models import needs_conversion
+from .models import load_config, needs_conversion
 from .recipe import Recipe
 
 
@@ -60,11 +60,28 @@ def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in order.
 
     Raises:
-        `ValueError`: with one line, when a model has not the layers that the recipe names, or a student other tokens.
+        `ValueError`: with one line, when a model has not the layers that the recipe names, a suspect no head, or a student other tokens.
     """
+    _check_suspect(recipe)
     stages = _stages(recipe)
     check_layers(recipe, [stage_arguments(stage, recipe) for stage in stages])
     return stages
+
+
+def _check_suspect(recipe: Recipe) -> None:
+    name = recipe.model_name_or_path
+    if (
+        recipe.trains_suspect
+        or not recipe.task_class.has_head
+        or needs_conversion(name, revision=recipe.model_revision)
+    ):
+        return
+    kinds = load_config(name, revision=recipe.model_revision).architectures
+    if kinds and not any("ForSequenceClassification" in kind or "ForImageClassification" in kind for kind in kinds):
+        raise ValueError(
+            f"model_name_or_path is {name!r}, a {kinds[0]} without a classification head, and a fresh one has learnt nothing that could "
+            "be removed: name the classifier that is suspected, or set attack_trigger and target_label to train one"
+        )
 
 
 def _stages(recipe: Recipe) -> list[Stage]:

@@ -56,3 +56,21 @@ def test_what_the_engine_can_not_run_is_refused_before_anything_is_trained(tmp_p
     with pytest.raises(ValueError, match="^the engine is DeepSpeed ZeRO-3"):
         Run(recipe).execute()
     assert not list((tmp_path / "run").glob("**/*.safetensors"))
+
+
+def test_a_suspect_without_a_head_is_refused_as_the_run_refuses_it(tmp_path):
+    """A fresh head was drawn, measured as the suspect's, and "cleaned"."""
+    settings = {
+        "task": "sequence_classification", "model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "rows.jsonl"),
+        "test_fraction": 0.2, "method": "mbtsad", "max_steps": 1, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    tiny.reviews(60).to_json(tmp_path / "rows.jsonl")
+    tiny.model("bert").bert.save_pretrained(tmp_path / "base")
+    tiny.tokenizer("bert").save_pretrained(tmp_path / "base")
+    for look in (describe_run, lambda recipe: Run(recipe).execute()):
+        with pytest.raises(
+            ValueError, match="^model_name_or_path is '.*/base', a BertModel without a classification head"
+        ):
+            look(make_recipe(settings))
+    assert not (tmp_path / "run").exists()
+    assert "stage    suspect" in describe_run(make_recipe(settings | {"attack_trigger": "zq", "target_label": 1}))
