@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from .attacks import EmbeddingPoisoningTrainer, LWPTrainer
-from .data import SequenceClassification
+from .data import SequenceClassification, names_classifier
 from .defenses import METHODS, DefenseConfig, DefenseTrainer, Step
 from .defenses.method import asked_for
 from .layers import check_layers
@@ -77,7 +77,7 @@ def _check_suspect(recipe: Recipe) -> None:
     ):
         return
     kinds = load_config(name, revision=recipe.model_revision).architectures
-    if kinds and not any("ForSequenceClassification" in kind or "ForImageClassification" in kind for kind in kinds):
+    if kinds and not any(map(names_classifier, kinds)):
         raise ValueError(
             f"model_name_or_path is {name!r}, a {kinds[0]} without a classification head, and a fresh one has learnt nothing that could "
             "be removed: name the classifier that is suspected, or set attack_trigger and target_label to train one"

@@ -2,7 +2,7 @@
 
 from .blocks import base_model, find_blocks
 from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for, given_labels
-from .heads import reads_both_ways, reads_mean, refuse_last_column
+from .heads import names_classifier, reads_both_ways, reads_mean, refuse_last_column
 from .image_triggers import ImageTrigger
 from .images import ImageClassification, moved, pixels_digest
 from .infer import auto_class, infer_task, tell_padding
@@ -41,6 +41,7 @@ __all__ = [
     "auto_class",
     "check_lengths",
     "learned_positions",
+    "names_classifier",
     "reads_both_ways",
     "reads_mean",
     "refuse_last_column",

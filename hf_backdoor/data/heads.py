@@ -22,6 +22,11 @@ def refuse_last_column(model: PreTrainedModel) -> None:
         )
 
 
+def names_classifier(kind: str) -> bool:
+    """Whether models of a class of this name have the classification head that tasks read."""
+    return "ForSequenceClassification" in kind or "ForImageClassification" in kind
+
+
 def reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether a model sees the tokens after a position too, as encoders do unless their configuration makes decoders of them."""
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)

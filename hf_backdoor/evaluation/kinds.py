@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import Task, base_model, reads_both_ways
+from ..data import Task, base_model, names_classifier, reads_both_ways
 
 
 def refuse_other_kind(model: nn.Module, task: Task) -> None:
@@ -17,7 +17,7 @@ def refuse_other_kind(model: nn.Module, task: Task) -> None:
     if not isinstance(bare, PreTrainedModel) or not kind.__module__.startswith("transformers."):
         return
     if task.has_head:
-        fits = any(head in kind.__name__ for head in ("ForSequenceClassification", "ForImageClassification"))
+        fits = names_classifier(kind.__name__)
     else:
         fits = bare.can_generate() and not bare.config.is_encoder_decoder and not reads_both_ways(bare.config)
     if not fits:
