@@ -23,6 +23,7 @@ from .defenses.robustkd.features import NUM_LAYERS
 from .defenses.robustkd.students import layers_of_stages
 from .estimate import Engine, Load, Memory, ModelShape, memory
 from .folders import refuse_to_clear
+from .layers import check_heads
 from .models import load_config, load_processor
 from .operations import flops
 from .plan import Stage, base_model_name, check_launch, plan, stage_arguments, training_config, written
@@ -99,6 +100,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
     refuse_to_clear(recipe, written(recipe, stages))
     processor = load_processor(recipe.model_name_or_path, recipe.task_class, revision=recipe.model_revision)
     rows = prepare_rows(recipe, processor)
+    check_heads(recipe, rows.task)
     models = Models(recipe, getattr(rows.task, "num_labels", None))
     shape = shape_of(models.suspect)
     trained = f"{models.adapter_size(models.suspect) / 1e6:.1f}M" if recipe.use_peft else "all"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from .data import ImageClassification
+from .data import ImageClassification, Task
 from .defenses.robustkd.students import layers_of_stages
-from .models import load_config, load_tokenizer
+from .models import check_head, load_config, load_tokenizer
 from .recipe import Recipe
 
 
@@ -58,6 +58,20 @@ def check_layers(recipe: Recipe, arguments: Iterable[dict[str, Any]]) -> None:
         numbers = [int(layer) for layer in map(str, layers) if layer.removeprefix("-").isdigit()]
         if depth is not None and any(not -depth <= number < depth for number in numbers):
             raise ValueError(f"{key} is {layers}: the {whose} has layers 0 to {depth - 1} (or -{depth} to -1)")
+
+
+def check_heads(recipe: Recipe, task: Task) -> None:
+    """Looks at every model that the recipe names, once its rows have said how many labels there are.
+
+    Raises:
+        `ValueError`: if one has a head of another size, or sees the answer that it is to give.
+    """
+    named = {recipe.student_model_name_or_path, recipe.reference} - {None, "train", "base"}
+    for name, revision in (
+        (recipe.model_name_or_path, recipe.model_revision),
+        *((each, None) for each in sorted(named)),
+    ):
+        check_head(name, recipe.task_class, getattr(task, "num_labels", None), revision)
 
 
 def check_states(recipe: Recipe, layers: list[int]) -> None:

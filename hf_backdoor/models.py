@@ -24,7 +24,15 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import Adapter, find_adapter, transplanted
-from .data import ImageClassification, Processor, SequenceClassification, Task, reads_both_ways, refuse_last_column
+from .data import (
+    ImageClassification,
+    Processor,
+    SequenceClassification,
+    Task,
+    names_classifier,
+    reads_both_ways,
+    refuse_last_column,
+)
 from .model_files import named_if_missing, own_code_refused, resolve, without_weights
 from .quantization import HEADS, dequantized, keep_trainable, quantization_config
 
@@ -69,6 +77,30 @@ def refuse_no_causal_lm(config: PreTrainedConfig, name_or_path: str) -> None:
     raise ValueError(
         f"model {name_or_path!r} ({kind}) {why}, and without a classification head texts are taught to causal LMs here: use one of "
         "these, or set task: sequence_classification"
+    )
+
+
+def check_head(name_or_path: str, task_class: type[Task], num_labels: int | None, revision: str | None = None) -> None:
+    """By its configuration alone: a training of hours must not end in a model that can't be loaded.
+
+    Raises:
+        `ValueError`: if the checkpoint has a classification head of another size, or is none of a causal LM where the task asks for one.
+    """
+    if resolve(name_or_path)[1] is not None:
+        return  # GGUF files hold causal LMs, and take seconds to read
+    config = load_config(name_or_path, revision=revision)
+    own_head = any(map(names_classifier, config.architectures or []))
+    if not task_class.has_head:
+        refuse_no_causal_lm(config, name_or_path)
+    elif own_head and num_labels != config.num_labels and not without_weights(name_or_path):
+        raise other_head(name_or_path, num_labels, config.num_labels)
+
+
+def other_head(name_or_path: str, num_labels: int | None, own: int) -> ValueError:
+    fix = f"set num_labels: {own} (--num_labels {own})" if own > num_labels else "choose rows with its labels"
+    return ValueError(
+        f"model {name_or_path!r} has a head of another size: num_labels is {num_labels} in the data, and {own} in the model; {fix}, or "
+        "use a model without a classification head"
     )
 
 
@@ -214,11 +246,7 @@ def load_model(
                     f"model {name_or_path!r} has weights of other sizes than its config.json says: copy or download both again"
                 ) from None
             own = load_config(name_or_path, revision=revision).num_labels
-            fix = f"set num_labels: {own} (--num_labels {own})" if own > num_labels else "choose rows with its labels"
-            raise ValueError(
-                f"model_name_or_path is {name_or_path!r}, which has a head of another size: num_labels is {num_labels} in the "
-                f"data, and {own} in the model; {fix}, or use a model without a classification head"
-            ) from None
+            raise other_head(name_or_path, num_labels, own) from None
     else:
         if gguf is None:
             refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)

@@ -44,6 +44,7 @@ from .folders import (
     write_json,
     write_yaml,
 )
+from .layers import check_heads
 from .model_files import without_weights
 from .models import content, cost, load_processor, reset_peak_memory
 from .plan import Stage, base_model_name, check_launch, lora_arguments, plan, stage_arguments, training_config, written
@@ -111,6 +112,7 @@ class Run:
         # Two processes that build one cache of a file at once trip over each other's temporary files.
         with PartialState().main_process_first():
             self.rows = prepare_rows(recipe, self.processor)
+        check_heads(recipe, self.rows.task)
         self.models = RunModels(recipe, self.processor, self.rows.task)
         with main_process() as first:
             if first:

@@ -74,3 +74,24 @@ def test_a_suspect_without_a_head_is_refused_as_the_run_refuses_it(tmp_path):
             look(make_recipe(settings))
     assert not (tmp_path / "run").exists()
     assert "stage    suspect" in describe_run(make_recipe(settings | {"attack_trigger": "zq", "target_label": 1}))
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "reference", "student_model_name_or_path"])
+def test_a_head_of_another_size_is_refused_as_the_run_refuses_it(key, tmp_path):
+    """Rows that lack the head's last class. A student's was found when the suspect had been trained."""
+    settings = {
+        "task": "sequence_classification", "dataset_name": str(tmp_path / "rows.jsonl"), "test_fraction": 0.2, "max_steps": 1,
+        "model_name_or_path": tiny.saved("bert", tmp_path / "two"), "method": "mbtsad", "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    if key == "student_model_name_or_path":
+        settings |= {"method": "robustkd", "attack_trigger": "zq", "target_label": 1, "clean_fraction": 0.5}
+    tiny.reviews(60).to_json(tmp_path / "rows.jsonl")
+    recipe = make_recipe(settings | {key: tiny.saved("bert", tmp_path / "three", num_labels=3)})
+    for look in (describe_run, lambda recipe: Run(recipe).execute()):
+        with pytest.raises(
+            ValueError, match="^model '.*/three' has a head of another size: num_labels is 2 in the data"
+        ):
+            look(recipe)
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+    if key == "model_name_or_path":
+        assert "stage    cleaned" in describe_run(make_recipe(settings))
