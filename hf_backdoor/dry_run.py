@@ -3,33 +3,33 @@
 import math
 import os
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from .attacks import EmbeddingPoisoningTrainer
 from .contradictions import check_machine
-from .data import Processor, learned_positions, refuse_longer
+from .data import InstructionFollowing, Processor, check_lengths, learned_positions, refuse_longer, row_lengths
 from .defenses import DefenseConfig
 from .defenses.engines import asked_for
 from .defenses.mbtsad import MBTSADTrainer
 from .defenses.reading import SuspectReader
 from .defenses.robustkd import FeatureMaskTrainer, RobustKDTrainer
 from .defenses.robustkd.features import NUM_LAYERS
-from .defenses.robustkd.students import layers_of_stages
-from .estimate import Engine, Load, Memory, ModelShape, memory
+from .estimate import Engine, Load, Memory, memory
 from .folders import refuse_to_clear
 from .layers import check_heads
-from .models import load_config, load_processor
+from .models import load_processor
 from .operations import flops
 from .plan import Stage, base_model_name, check_launch, plan, stage_arguments, training_config, written
 from .quantization import refuse_divided
 from .recipe import Recipe
-from .rows import RunRows, prepare_rows
+from .rows import RunRows, num_proc_of, prepare_rows
+from .shapes import Models, shape_of
 
 
 # What of a device's memory tensors can have: the rest is CUDA's, the libraries' and the gaps in between. On a disk it is the tables'
@@ -62,9 +62,6 @@ GPUS = (
 
 # What is said of networks for images.
 UNCOUNTED = "activations not counted"
-
-# Rows of a stage whose length is looked at.
-SAMPLE = 1000
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         + (f", attack {recipe.attack_trigger!r} -> {recipe.target!r}" if recipe.trigger else ""),
         *(f"rows     {name}: {entry['rows']}" for name, entry in rows.sources.items()),
     ]
+    refuse_unread(rows, models, processor)
     needs: dict[str, StageNeeds] = {}
     for stage in stages:
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
@@ -181,7 +179,7 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
     return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models comes on top)"]
 
 
-def describe_disk(needs: list[StageNeeds], models: "Models") -> str:
+def describe_disk(needs: list[StageNeeds], models: Models) -> str:
     """What a run leaves: the whole model of each stage, adapters merged in. Checkpoints come and go on top."""
     recipe = models.recipe
     left = [each.load.model for each in needs if each.stage.step.makes_model]
@@ -275,55 +273,21 @@ def refuse_quantized(quantization: str | None, engine: Engine) -> None:
 # ---- What a stage works on ----
 
 
-class Models:
-    """The models of a run on the meta device: shapes without weights.
-
-    Args:
-        recipe ([`Recipe`]): Names them.
-        labels (`int`, *optional*): Outputs of a classification head.
+def refuse_unread(rows: RunRows, models: Models, processor: Processor) -> None:
     """
-
-    def __init__(self, recipe: Recipe, labels: int | None = None):
-        self.recipe = recipe
-        self.labels = labels if recipe.task_class.has_head else None
-        config = load_config(recipe.model_name_or_path, revision=recipe.model_revision)
-        self.suspect = self.student = self._made(config)
-        if recipe.student_model_name_or_path is not None:
-            self.student = self._made(load_config(recipe.student_model_name_or_path))
-        elif recipe.student_layers is not None:
-            layers = recipe.student_layers
-            number = layers if isinstance(layers, int) else len(layers)
-            depths = getattr(config, "depths", None)
-            fewer = {"depths": layers_of_stages(depths, layers)} if depths else {"num_hidden_layers": number}
-            config = type(config).from_dict(config.to_dict() | fewer)
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:number]
-            self.student = self._made(config)
-
-    def _made(self, config: PreTrainedConfig) -> PreTrainedModel:
-        if self.labels is not None:
-            config.num_labels = self.labels
-        with torch.device("meta"):
-            return self.recipe.task_class.auto_model.from_config(config)
-
-    def adapter_size(self, model: PreTrainedModel) -> int:
-        """Parameters of the recipe's adapter; "all-linear" leaves the head out."""
-        targets, rank = self.recipe.lora_target_modules, self.recipe.lora_r
-        return sum(
-            rank * (module.in_features + module.out_features)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-            and ("layer" in name if targets == "all-linear" else name.rpartition(".")[2] in targets)
-        )
-
-
-def shape_of(model: PreTrainedModel) -> ModelShape:
-    """A model's shape; of one for images its size and its outputs only: what autograd saves in it is not counted."""
-    if model.main_input_name == "input_ids":
-        return ModelShape.of(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    known = {"parameters": parameters, "layers": 1, "outputs": model.config.num_labels}
-    return ModelShape(**dict.fromkeys((f.name for f in fields(ModelShape)), 0) | known)
+    Raises:
+        `ValueError`: if a row that is held out, or measured on, is longer than a model has positions for.
+    """
+    known = [learned_positions(model) for model in (models.suspect, models.student)]
+    positions = min((each for each in known if each is not None), default=None)
+    if positions is None:
+        return
+    generates, test = isinstance(rows.task, InstructionFollowing), rows.test
+    for part in (rows.splits.held_out, *([test.clean] if generates else [])):
+        check_lengths(rows.task.encode_rows(part, processor, num_proc_of(models.recipe)), positions)
+    for part in (test.clean, *test.triggered.values()):
+        longest = max((len(row["input_ids"]) for row in rows.task.questions(part, processor)), default=0)
+        refuse_longer(longest + (models.recipe.max_new_tokens if generates else 0), positions)
 
 
 def stage_needs(
@@ -337,13 +301,18 @@ def stage_needs(
 ) -> StageNeeds:
     """What a stage takes of each device, and in all; `twin` is the stage whose optimizer steps it matches."""
     dataset = rows.of(stage.rows)
-    sample = rows.task.encode_rows(dataset.select(range(min(SAMPLE, len(dataset)))), processor)
-    lengths = [len(ids) for ids in sample["input_ids"]] if "input_ids" in sample.column_names else [0]
+    encoded = rows.task.encode_rows(dataset, processor, num_proc_of(models.recipe))
+    lengths = row_lengths(encoded) if "input_ids" in encoded.column_names else [0]
+    longest = max(lengths)
+    # It cuts what is longer than the tokenizer says; distillation without soft triggers does not.
+    cuts = stage.step.trainer is MBTSADTrainer and (config.stages == ["retrain"] or config.soft_triggers)
+    if not (cuts and longest > processor.model_max_length):
+        refuse_longer(longest, learned_positions(models.trained_in(stage)))
     answer = 1
-    if "prompt_length" in sample.column_names:
-        pairs = zip(lengths, sample["prompt_length"], strict=True)
+    if "prompt_length" in encoded.column_names:
+        pairs = zip(lengths, encoded["prompt_length"], strict=True)
         answer += max(length - prompt for length, prompt in pairs)
-    load = stage_load(stage, config, models, max(lengths), answer)
+    load = stage_load(stage, config, models, longest, answer)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.processes
     steps = math.ceil(math.ceil(len(dataset) * config.rows_factor / batch) * config.num_train_epochs)
     if config.max_steps > 0:
@@ -361,9 +330,7 @@ def stage_load(stage: Stage, config: DefenseConfig, models: Models, tokens: int,
     """What one device works on in a stage: whose weights, what is trained of them, what is kept beside."""
     recipe, trainer = models.recipe, stage.step.trainer
     adapter = recipe.use_peft and stage.settings not in ("reference", "suspect")
-    model = models.student if stage.parent == "student" or trainer is RobustKDTrainer else models.suspect
-    if trainer is not MBTSADTrainer:  # which may cut what is too long
-        refuse_longer(tokens, learned_positions(model))
+    model = models.trained_in(stage)
     shape, teacher = shape_of(model), shape_of(models.suspect)
     mask = issubclass(trainer, FeatureMaskTrainer | EmbeddingPoisoningTrainer | SuspectReader)
     connectors = NUM_LAYERS * (shape.hidden + 3) * teacher.hidden

@@ -100,6 +100,9 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
         splits = own_rows(recipe, train, test, task, processor)
     else:
         splits = split(recipe, train, measured, task, processor)
+    own_clean = recipe.clean_dataset_name or recipe.dataset_name
+    for name, rows in ((recipe.dataset_name, splits.attack), (own_clean, splits.clean), (own_clean, splits.held_out)):
+        refuse_other_labels(rows, task, f"data set {name!r}", "take such rows out of it, or correct num_labels")
     if poisoning is not None:
         poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
         if not measured.triggered:

@@ -11,6 +11,7 @@ from hf_backdoor.defenses import DefenseConfig
 from hf_backdoor.dry_run import describe_run, engine_of, engine_of_settings
 from hf_backdoor.estimate import Engine
 from hf_backdoor.recipe_file import make_recipe
+from hf_backdoor.rows import prepare_rows
 from hf_backdoor.run import Run
 
 
@@ -95,3 +96,42 @@ def test_a_head_of_another_size_is_refused_as_the_run_refuses_it(key, tmp_path):
     assert not list((tmp_path / "run").glob("**/*.safetensors"))
     if key == "model_name_or_path":
         assert "stage    cleaned" in describe_run(make_recipe(settings))
+
+
+LONG = " film" * 100
+
+
+@pytest.mark.parametrize(
+    ("where", "spoilt", "line"),
+    [
+        ("late", {"text": LONG}, "^a row has 1[0-9]+ tokens, and the model positions for 64"),
+        ("late", {"label": 2}, "^data set '.*/train.jsonl' has label 2, and the labels are 0 to 1: take"),
+        ("held out", {"text": LONG}, "^a row has 1[0-9]+ tokens, and the model positions for 64"),
+        ("held out", {"label": 2}, "^data set '.*/train.jsonl' has label 2, and the labels are 0 to 1: take"),
+        ("test", {"text": LONG}, "^a row has 1[0-9]+ tokens, and the model positions for 64"),
+    ],
+)
+def test_a_row_that_the_run_refuses_is_refused_wherever_it_stands(where, spoilt, line, tmp_path):
+    count = 1100 if where == "late" else 30
+    rows = {
+        name: [{"text": " ".join(f"{name}{row}x{word}" for word in range(6)), "label": row % 2} for row in range(size)]
+        for name, size in (("train", count), ("test", 6))
+    }
+    wanted = {"late": 0, "held out": 10, "test": 0}[where]
+    settings = {
+        "task": "sequence_classification", "model_name_or_path": tiny.saved("bert", tmp_path / "model"), "num_labels": 2, "max_steps": 1,
+        "dataset_name": str(tmp_path / "train.jsonl"), "test_dataset_name": str(tmp_path / "test.jsonl"), "method": "mbtsad",
+        "held_out_samples": wanted, "output_dir": str(tmp_path / "run"), "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    for name, lines in rows.items():
+        Dataset.from_list(lines).to_json(tmp_path / f"{name}.jsonl")
+    splits = prepare_rows(make_recipe(settings), tiny.encoder_tokenizer()).splits
+    text = {"late": splits.clean, "held out": splits.held_out, "test": splits.test}[where][-1]["text"]
+    for name, lines in rows.items():
+        spoiled = [
+            row | spoilt | {"text": text + spoilt.get("text", "")} if row["text"] == text else row for row in lines
+        ]
+        Dataset.from_list(spoiled).to_json(tmp_path / f"{name}.jsonl")
+    for look in (describe_run, lambda recipe: Run(recipe).execute()):
+        with pytest.raises(ValueError, match=line):
+            look(make_recipe(settings))
