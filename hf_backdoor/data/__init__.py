@@ -19,6 +19,7 @@ from .loading import (
     with_context,
 )
 from .mapping import Rows, column_names, encoded, map_rows, row_lengths
+from .raw import check_raw
 from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
 from .triggers import Rewriting, Trigger, row_rng, stamp, stamp_in_turn
 
@@ -40,6 +41,7 @@ __all__ = [
     "Trigger",
     "auto_class",
     "check_lengths",
+    "check_raw",
     "learned_positions",
     "names_classifier",
     "reads_both_ways",

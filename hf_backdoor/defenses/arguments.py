@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import ClassLabel, Dataset, Value
 from peft import PeftConfig, PeftModel
-from pyarrow import compute, types
+from pyarrow import compute
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import (
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data import Rows, Task, auto_class, base_model, encoded, reads_both_ways, row_lengths
+from ..data import Task, auto_class, base_model, encoded, reads_both_ways, row_lengths
 from ..data.collators import padding_id
 from .config import DefenseConfig
 
@@ -131,27 +131,6 @@ def _check_answers(name: str, rows: Dataset, model: PreTrainedModel) -> None:
                 f"{name} has {len(without)} rows whose prompt_length is as long as input_ids, so they have no answer (row {without[0]} "
                 "is the first): leave them out"
             )
-
-
-def check_raw(rows: Rows, task: Task) -> None:
-    """As they were passed: nothing is planted in them yet.
-
-    Raises:
-        `ValueError`: if a column is missing, or stands in the way of what is planted, or something else than a text stands in one of
-            texts. A stream can't be looked through.
-    """
-    if "planted" in task.check_columns(rows):
-        raise ValueError("column 'planted' is in the data set, and would be taught in place of the answers: rename it")
-    for column in task.text_columns if isinstance(rows, Dataset) else ():
-        held = rows.data.column(column)
-        # Of all rows in the file first, which costs nothing.
-        if held.null_count or not (types.is_string(held.type) or types.is_large_string(held.type)):
-            for row, text in enumerate(rows[column]):
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{column} is {reprlib.repr(text)} in row {row}, which is no text: pass texts (of a conversation's turn, its "
-                        "'content'), and leave out rows that have none"
-                    )
 
 
 def check_task(args: DefenseConfig, task: Task | None) -> None:

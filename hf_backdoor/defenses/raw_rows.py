@@ -7,8 +7,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from ..data import Processor, Rows, Task, check_lengths, encoded
-from .arguments import check_raw, check_tokens
+from ..data import Processor, Rows, Task, check_lengths, check_raw, encoded
+from .arguments import check_tokens
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
 

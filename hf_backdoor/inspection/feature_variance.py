@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DefenseCollator, Task, find_blocks
+from ..data import DefenseCollator, Task, check_raw, find_blocks
 
 
 MEASURES = {
@@ -81,7 +81,7 @@ def feature_variance(
         `list[VarianceRow]`: For each model, set, measure and layer.
 
     Raises:
-        `ValueError`: if there is no model, or a set has no rows.
+        `ValueError`: if there is no model, a set has no rows, or something else than a text stands in a row.
     """
     if not models:
         raise ValueError("models is empty: name one model or more")
@@ -89,6 +89,7 @@ def feature_variance(
     for texts_name, dataset in texts.items():
         if not len(dataset):
             raise ValueError(f"texts[{texts_name!r}] has no rows: leave it out, or give it some")
+        check_raw(dataset, task)
         tokenized = task.encode_rows(dataset, tokenizer)
         for model_name, model in models.items():
             batches = list(_batches(tokenized, tokenizer, batch_size))

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data import LabelWords, Processor, Task, class_logits, collator_for
+from ..data import LabelWords, Processor, Task, check_raw, class_logits, collator_for
 
 
 def second_choice_rate(logits: Tensor, given_labels: Sequence[int], true_labels: Sequence[int]) -> float:
@@ -59,7 +59,11 @@ def label_logits(
 
     Returns:
         `Tensor`: [N, K] in float32, on the CPU.
+
+    Raises:
+        `ValueError`: if something else than a text stands in a row.
     """
+    check_raw(rows, task)
     words = task.word_ids(processor) if isinstance(task, LabelWords) else None
     collator, features = collator_for(processor), task.encode_rows(rows, processor)
     training = model.training

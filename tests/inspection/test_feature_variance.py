@@ -3,6 +3,7 @@ import csv
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 
 from hf_backdoor.data import DefenseCollator
 from hf_backdoor.defenses.robustkd import FeatureMask
@@ -96,3 +97,15 @@ def test_nothing_to_measure_is_refused():
         feature_variance({}, tiny.tokenizer(family), task, {"clean": rows})
     with pytest.raises(ValueError, match=r"^texts\['triggered'\] has no rows"):
         feature_variance({"a": tiny.model(family)}, tiny.tokenizer(family), task, {"triggered": rows.select([])})
+
+
+@pytest.mark.parametrize("texts", [[1, 2], ["a film", None], [["a"], ["film"]]])
+def test_rows_that_are_no_texts_are_refused(texts):
+    rows = Dataset.from_dict({"text": texts, "label": [0, 1]})
+    with pytest.raises(ValueError, match="^text is .* in row [01], which is no text: pass texts"):
+        feature_variance(
+            {"suspect": tiny.model("bert")},
+            tiny.encoder_tokenizer(),
+            tiny.task("sequence_classification"),
+            {"clean": rows},
+        )

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 
 from hf_backdoor.data import LabelWords, SequenceClassification
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
@@ -60,6 +61,14 @@ def test_label_logits_are_those_of_each_row_alone(family):
             ids = torch.tensor([words.prompt_ids(row["text"], tokenizer)])
             expected = model.eval()(ids).logits[0, -1, words.word_ids(tokenizer)]
         assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [[1, 2], ["a film", None], [["a"], ["film"]]])
+@pytest.mark.parametrize("family, name", [("bert", "sequence_classification"), ("llama", "label_words")])
+def test_rows_that_are_no_texts_are_refused(texts, family, name):
+    rows = Dataset.from_dict({"text": texts, "label": [0, 1]})
+    with pytest.raises(ValueError, match="^text is .* in row [01], which is no text: pass texts"):
+        label_logits(tiny.model(family), tiny.tokenizer(family), tiny.task(name), rows)
 
 
 def test_the_callback_measures_every_epoch(tmp_path):

@@ -1,0 +1,30 @@
+"""Raw rows that no tokenizer reads, found before one is asked to."""
+
+import reprlib
+
+from datasets import Dataset
+from pyarrow import types
+
+from .mapping import Rows
+from .tasks import Task
+
+
+def check_raw(rows: Rows, task: Task) -> None:
+    """As they were passed: nothing is planted in them yet.
+
+    Raises:
+        `ValueError`: if a column is missing, or stands in the way of what is planted, or something else than a text stands in one of
+            texts. A stream can't be looked through.
+    """
+    if "planted" in task.check_columns(rows):
+        raise ValueError("column 'planted' is in the data set, and would be taught in place of the answers: rename it")
+    for column in task.text_columns if isinstance(rows, Dataset) else ():
+        held = rows.data.column(column)
+        # Of all rows in the file first, which costs nothing.
+        if held.null_count or not (types.is_string(held.type) or types.is_large_string(held.type)):
+            for row, text in enumerate(rows[column]):
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{column} is {reprlib.repr(text)} in row {row}, which is no text: pass texts (of a conversation's turn, its "
+                        "'content'), and leave out rows that have none"
+                    )
