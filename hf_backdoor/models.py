@@ -32,6 +32,7 @@ from .data import (
     names_classifier,
     reads_both_ways,
     refuse_last_column,
+    refuse_missing,
 )
 from .model_files import named_if_missing, own_code_refused, resolve, without_weights
 from .quantization import HEADS, dequantized, keep_trainable, quantization_config
@@ -252,7 +253,7 @@ def load_model(
             refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)
         with named_if_missing(name_or_path):
             model, found = task_class.auto_model.from_pretrained(folder, output_loading_info=True, **options)
-        refuse_missing(name_or_path, found["missing_keys"])
+        refuse_missing(name_or_path, found["missing_keys"], task_class.auto_model)
     if gguf:
         # transformers dequantizes a GGUF file and goes on calling the model quantized, so that it can't be saved.
         model.hf_quantizer, model.is_quantized = None, False
@@ -264,20 +265,6 @@ def load_model(
     if task_class is not ImageClassification and model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(name_or_path, revision=revision).pad_token_id
     return model
-
-
-def refuse_missing(name_or_path: str, missing: set[str]) -> None:
-    """A causal LM is taken as it was trained: what its checkpoint lacks (of one saved by `AutoModel`, the head) would be drawn at random.
-
-    Raises:
-        `ValueError`: with one line that names the weights.
-    """
-    if missing:
-        first, count = min(missing), len(missing)
-        raise ValueError(
-            f"model {name_or_path!r} has no weights for {first}{f' and {count - 1} more' if count > 1 else ''}, which would be random: give "
-            "a causal LM that was saved whole, by AutoModelForCausalLM"
-        )
 
 
 def load_base(adapter: Adapter, task_class: type[Task], **options: Any) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from .blocks import base_model, find_blocks
 from .collators import SIDE_COLUMNS, DefenseCollator, ImageCollator, class_logits, collator_for, given_labels
-from .heads import names_classifier, reads_both_ways, reads_mean, refuse_last_column
+from .heads import names_classifier, reads_both_ways, reads_mean, refuse_last_column, refuse_missing
 from .image_triggers import ImageTrigger
 from .images import ImageClassification, moved, pixels_digest
 from .infer import auto_class, infer_task, tell_padding
@@ -48,6 +48,7 @@ __all__ = [
     "reads_mean",
     "refuse_last_column",
     "refuse_longer",
+    "refuse_missing",
     "class_logits",
     "given_labels",
     "collator_for",

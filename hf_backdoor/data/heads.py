@@ -1,6 +1,8 @@
 """What is read of a text: by a classification head, where that is not the state at one position, and by a language model."""
 
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from pathlib import Path
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 def reads_mean(model: PreTrainedModel) -> bool:
@@ -31,3 +33,23 @@ def reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether a model sees the tokens after a position too, as encoders do unless their configuration makes decoders of them."""
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
+
+
+def refuse_missing(name_or_path: str | Path, missing: set[str], auto_model: type) -> None:
+    """A causal LM, and a teacher, is taken as it was trained: what its checkpoint lacks (of one saved by `AutoModel`, the head) would be
+    drawn at random.
+
+    Args:
+        missing (`set[str]`): As `from_pretrained` tells it.
+        auto_model (`type`): What the checkpoint is read by.
+
+    Raises:
+        `ValueError`: with one line that names the weights.
+    """
+    if missing:
+        first, count = min(missing), len(missing)
+        kind = "a causal LM" if auto_model is AutoModelForCausalLM else "a model"
+        raise ValueError(
+            f"model {str(name_or_path)!r} has no weights for {first}{f' and {count - 1} more' if count > 1 else ''}, which would be random: "
+            f"give {kind} that was saved whole, by {auto_model.__name__}"
+        )

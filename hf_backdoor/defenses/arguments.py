@@ -34,6 +34,9 @@ NOT_READ = {
 # Nor what asks no teacher (`takes_teacher`).
 NO_TEACHER = {"teacher_model": "leave it out, or take a trainer that distils, for example RobustKDTrainer"}
 
+# How transformers names the classes of language models.
+LANGUAGE_HEADS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel")
+
 # What a task says itself, where one is passed, and its own name for it.
 OF_THE_TASK = {"label_words": "words", "prompt_template": "template", "system_prompt": "system_prompt"}
 
@@ -62,9 +65,10 @@ def check_arguments(
             raise ValueError(f"{name} is given, and {type(trainer).__name__} would not read it: {instead}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}: pass the model itself, as from_pretrained gives it")
-    bare = base_model(model)
-    if isinstance(bare, PreTrainedModel) and auto_class(bare) is AutoModelForCausalLM:
-        _refuse_no_causal_lm(bare)
+    refuse_no_causal_lm(model, "model")
+    teacher = others.get("teacher_model")
+    if isinstance(teacher, nn.Module) and auto_class(base_model(model)) is AutoModelForCausalLM:
+        refuse_no_causal_lm(teacher, "teacher_model")
     if not isinstance(peft_config, PeftConfig | None):
         raise ValueError(
             f"peft_config is {reprlib.repr(peft_config)}: pass a PeftConfig, for example peft.LoraConfig(r=16)"
@@ -76,18 +80,27 @@ def check_arguments(
         )
 
 
-def _refuse_no_causal_lm(model: PreTrainedModel) -> None:
+def refuse_no_causal_lm(model: nn.Module, argument: str) -> None:
+    """
+    Raises:
+        `ValueError`: for a language model that sees the answer it is to give, or has no head. Networks of the user's own, and heads of
+            several answers, are taken as they are.
+    """
+    model = base_model(model)
+    if not isinstance(model, PreTrainedModel) or auto_class(model) is not AutoModelForCausalLM:
+        return
     kind, config = type(model), model.config
     if config.is_encoder_decoder:
         raise ValueError(
             f"{kind.__name__} has an encoder and a decoder, and texts are taught to causal LMs here: use one of these, or a "
             "model with a classification head"
         )
-    if not kind.__module__.startswith("transformers.") or "ForImageClassification" in kind.__name__:
-        return  # a network of the user's own, or a head of several
-    if not model.can_generate() or reads_both_ways(config):
+    # A subclass of the user's own answers by the head that it inherits.
+    inherits = any(base.__name__.endswith(LANGUAGE_HEADS) for base in kind.__mro__[1:])
+    stock = kind.__module__.startswith("transformers.") and "ForImageClassification" not in kind.__name__
+    if (stock or inherits) and (not model.can_generate() or reads_both_ways(config)):
         raise ValueError(
-            f"model is a {kind.__name__}, which has no head, or sees the answer that it is to give: pass a causal LM, or load it "
+            f"{argument} is a {kind.__name__}, which has no head, or sees the answer that it is to give: pass a causal LM, or load it "
             "with a classification head, by AutoModelForSequenceClassification"
         )
 

@@ -34,6 +34,7 @@ from ..data import (
     learned_positions,
     moved,
     reads_mean,
+    refuse_missing,
     tell_padding,
 )
 from .arguments import (
@@ -45,6 +46,7 @@ from .arguments import (
     check_task,
     check_trained,
     labels_of,
+    refuse_no_causal_lm,
 )
 from .autocast import inputs_as_they_are, keep_as_multiplied
 from .config import DefenseConfig
@@ -215,17 +217,25 @@ class DefenseTrainer(RawRowsTrainer):
 
     def frozen(self, model: PreTrainedModel | str | Path) -> PreTrainedModel:
         """A model beside the trained one, or its folder: frozen, in evaluation mode, on the device. One that is read from a
-        folder runs under autocast only, where the training does."""
+        folder runs under autocast only, where the training does.
+
+        Raises:
+            `ValueError`: if a folder holds a model without the student's kind of head, or one that sees the answer it is to give.
+        """
         if isinstance(model, str | Path):
             student = base_model(self.model)
             attention = student.config._attn_implementation
-            model = auto_class(student).from_pretrained(
-                model,
+            folder, auto_model = model, auto_class(student)
+            model, found = auto_model.from_pretrained(
+                folder,
+                output_loading_info=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=student.dtype,
                 attn_implementation=attention,
             )
+            refuse_no_causal_lm(model, f"model {str(folder)!r}")
+            refuse_missing(folder, found["missing_keys"], auto_model)
             kind, sharded = self.args.device.type, self.accelerator.distributed_type in SHARDED
             with self.accelerator.autocast():
                 if torch.is_autocast_enabled(kind) and not sharded:

@@ -8,6 +8,7 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
+    LlamaForCausalLM,
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -51,6 +52,43 @@ def test_no_causal_lm_is_trained(kind, tmp_path):
         ValueError, match=r"^model is a \w+, which has no head, or sees the answer .* pass a causal LM"
     ):
         tiny.trainer("label_words", "plain", tmp_path, model=OTHERS[kind]())
+
+
+class Masked(BertForMaskedLM):
+    """The user's own, with the head that it inherits."""
+
+
+class BothWays(BertLMHeadModel):
+    pass
+
+
+class Causal(LlamaForCausalLM):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Masked, BothWays])
+def test_a_subclass_of_what_is_no_causal_lm_is_none_either(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"^model is a {kind.__name__}, which has no head, or sees the answer"):
+        tiny.trainer("label_words", "plain", tmp_path, model=kind(ENCODER))
+    tiny.trainer("label_words", "plain", tmp_path, model=Causal(tiny.model("llama").config))
+
+
+@pytest.mark.parametrize("kind", ["masked", "both ways", "bare decoder"])
+def test_a_teacher_that_is_no_causal_lm_is_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=r"^teacher_model is a \w+, which has no head, or sees the answer"):
+        tiny.trainer("label_words", "distil", tmp_path, teacher_model=OTHERS[kind]())
+    OTHERS[kind]().save_pretrained(tmp_path / "teacher")
+    trainer = tiny.trainer("label_words", "distil", tmp_path, teacher_model=str(tmp_path / "teacher"))
+    why = "has no weights for lm_head.weight" if kind == "bare decoder" else r"is a \w+, which has no head, or sees"
+    with pytest.raises(ValueError, match=f"^model '{tmp_path}/teacher' {why}"):
+        trainer.train()
+
+
+def test_a_teacher_s_classification_head_is_not_drawn(tmp_path):
+    tiny.model("bert").bert.save_pretrained(tmp_path / "teacher")
+    trainer = tiny.trainer("sequence_classification", "distil", tmp_path, teacher_model=str(tmp_path / "teacher"))
+    with pytest.raises(ValueError, match=f"^model '{tmp_path}/teacher' has no weights for classifier.bias and 1 more"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, "sequences", "classifier"])
