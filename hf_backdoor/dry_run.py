@@ -109,7 +109,7 @@ def describe_run(recipe: Recipe, engine: Engine | None = None) -> str:
         + (f", attack {recipe.attack_trigger!r} -> {recipe.target!r}" if recipe.trigger else ""),
         *(f"rows     {name}: {entry['rows']}" for name, entry in rows.sources.items()),
     ]
-    refuse_unread(rows, models, processor)
+    refuse_unread(rows, stages, models, processor)
     needs: dict[str, StageNeeds] = {}
     for stage in stages:
         config = training_config(stage, recipe, stage_arguments(stage, recipe))
@@ -273,7 +273,7 @@ def refuse_quantized(quantization: str | None, engine: Engine) -> None:
 # ---- What a stage works on ----
 
 
-def refuse_unread(rows: RunRows, models: Models, processor: Processor) -> None:
+def refuse_unread(rows: RunRows, stages: list[Stage], models: Models, processor: Processor) -> None:
     """
     Raises:
         `ValueError`: if a row that is held out, or measured on, is longer than a model has positions for.
@@ -283,7 +283,10 @@ def refuse_unread(rows: RunRows, models: Models, processor: Processor) -> None:
     if positions is None:
         return
     generates, test = isinstance(rows.task, InstructionFollowing), rows.test
-    for part in (rows.splits.held_out, *([test.clean] if generates else [])):
+    held_out = (
+        [rows.splits.held_out] if any(stage.rows == "clean" for stage in stages) else []
+    )  # or nothing is evaluated on them
+    for part in (*held_out, *([test.clean] if generates else [])):
         check_lengths(rows.task.encode_rows(part, processor, num_proc_of(models.recipe)), positions)
     for part in (test.clean, *test.triggered.values()):
         longest = max((len(row["input_ids"]) for row in rows.task.questions(part, processor)), default=0)

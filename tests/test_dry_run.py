@@ -135,3 +135,12 @@ def test_a_row_that_the_run_refuses_is_refused_wherever_it_stands(where, spoilt,
     for look in (describe_run, lambda recipe: Run(recipe).execute()):
         with pytest.raises(ValueError, match=line):
             look(make_recipe(settings))
+    if where == "held out" and "text" in spoilt:  # of a suspect alone nothing is evaluated on them
+        alone = {
+            "method": None,
+            "attack_trigger": "zq",
+            "target_label": 1,
+            "max_train_samples": 19,
+            "clean_fraction": 1 / 19,
+        }
+        assert "stage    suspect" in describe_run(make_recipe(settings | alone))
