@@ -283,9 +283,8 @@ def refuse_unread(rows: RunRows, stages: list[Stage], models: Models, processor:
     if positions is None:
         return
     generates, test = isinstance(rows.task, InstructionFollowing), rows.test
-    held_out = (
-        [rows.splits.held_out] if any(stage.rows == "clean" for stage in stages) else []
-    )  # or nothing is evaluated on them
+    # Nothing is evaluated on held-out rows where no stage trains on clean ones.
+    held_out = [rows.splits.held_out] if any(stage.rows == "clean" for stage in stages) else []
     for part in (*held_out, *([test.clean] if generates else [])):
         check_lengths(rows.task.encode_rows(part, processor, num_proc_of(models.recipe)), positions)
     for part in (test.clean, *test.triggered.values()):
