@@ -302,6 +302,11 @@ def split_rows(rows: Dataset, test: Dataset, *, attack: int, clean: int, held_ou
         `ValueError`: if there are too few rows.
     """
     wanted = attack + clean + held_out
+    if not len(rows):
+        raise ValueError(
+            "0 training rows are left: each has the words of a test row (as where all rows are alike), and is left out; give other "
+            "test rows (test_split, test_dataset_name), or rows that differ"
+        )
     if wanted > len(rows) or clean < 1:
         raise ValueError(
             f"{len(rows)} training rows are left, and {wanted} are asked for (attack {attack}, clean {clean}, "

@@ -246,6 +246,15 @@ def test_too_few_rows_are_refused(counts):
         split_rows(rows, rows, **counts)
 
 
+def test_rows_that_all_leak_are_refused_as_that():
+    """The line said to lower max_train_samples, which leaves none all the same."""
+    none = Dataset.from_dict({"text": ["a"]}).select([])
+    with pytest.raises(
+        ValueError, match="^0 training rows are left: each has the words of a test row .*give other test"
+    ):
+        split_rows(none, none, attack=0, clean=2, held_out=0)
+
+
 # ---- Rows chosen and joined ----
 
 
