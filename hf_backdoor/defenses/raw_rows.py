@@ -65,6 +65,21 @@ class RawRowsTrainer(CheckpointTrainer):
         """One process of each machine makes the maps in it, and the others find them in the cache. It may be nested."""
         return PartialState().local_main_process_first()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer` makes it.
+
+        Raises:
+            `ValueError`: if it has no batch: Trainer would ask for `max_steps`, as of a stream.
+        """
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_drop_last and isinstance(self.train_dataset, Dataset) and not len(loader):
+            raise ValueError(
+                f"dataloader_drop_last is True, and train_dataset has {len(self.train_dataset)} rows, fewer than one batch of "
+                f"{self.args.train_batch_size} on each of {self.args.world_size} processes: set dataloader_drop_last: false, or lower "
+                "per_device_train_batch_size"
+            )
+        return loader
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         raw = isinstance(eval_dataset, Dataset)
         return super().get_eval_dataloader(self.encode_new(eval_dataset) if raw else eval_dataset)

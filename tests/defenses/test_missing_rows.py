@@ -73,10 +73,12 @@ def test_a_stream_too_short_for_a_step_is_refused(count, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}])
 @pytest.mark.parametrize("method", ["plain", "inject", "student"])
-def test_rows_that_fill_no_batch_are_refused(method, tmp_path):
-    trainer = made(method, tmp_path, per_device_train_batch_size=64, dataloader_drop_last=True, max_steps=2)
-    with pytest.raises(ValueError, match="^train_dataset ends before the first .* dataloader_drop_last: false"):
+def test_rows_that_fill_no_batch_are_refused(method, length, tmp_path):
+    trainer = made(method, tmp_path, per_device_train_batch_size=64, dataloader_drop_last=True, **length)
+    line = r"^dataloader_drop_last is True, and train_dataset has \d+ rows, fewer than one batch of 64 on each of 1 processes"
+    with pytest.raises(ValueError, match=line):
         trainer.train()
 
 
