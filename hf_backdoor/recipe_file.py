@@ -1,22 +1,19 @@
 """From a YAML file and command-line overrides to a [`Recipe`]: every key and every type is checked on the way."""
 
 import difflib
-import inspect
 import math
 import os
 import re
-import types
 import typing
-from enum import Enum
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, Union
+from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
 from .contradictions import check_recipe
 from .defenses import METHODS, DefenseConfig
+from .defenses.field_types import UNIONS, in_words
 from .recipe import Recipe
 
 
@@ -46,8 +43,6 @@ REMOVED = {
 
 # Arguments of TrainingArguments that a run decides for itself.
 RESERVED = {"stages", "resume_from_checkpoint", "run_name", "do_train", "do_eval", "do_predict"}
-
-UNIONS = (Union, types.UnionType)
 
 # Keys whose values may lie beside the recipe.
 BESIDE = (
@@ -186,24 +181,6 @@ def checked(key: str, value: Any, hint: Any) -> Any:
         quotes = ", in quotes" if str in allowed and not isinstance(value, str | None) else ""
         raise ValueError(f"{key} is {shown}: it must be {in_words(hint)}{quotes}") from error
     return value
-
-
-def in_words(hint: Any) -> str:
-    """What a field takes, as one would say it to who writes YAML and no Python."""
-    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind in UNIONS:
-        # What an Enum allows is written as text.
-        each = [in_words(part) for part in parts if not (inspect.isclass(part) and issubclass(part, NoneType | Enum))]
-        return " or ".join(dict.fromkeys(each))
-    if kind is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if kind is list:
-        return "a list of whole numbers, as [0, 1]" if parts == (int,) else "a list of texts, as [one, another]"
-    if kind is dict:
-        below = parts and typing.get_origin(parts[1]) is dict
-        return "names, each with its own keys and values below it" if below else "keys and values below it"
-    words = {bool: "yes or no (true or false)", int: "a whole number", float: "a number", str: "a text"}
-    return words.get(kind) or f"a {kind.__name__}"
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

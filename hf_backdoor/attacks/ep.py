@@ -38,8 +38,8 @@ class EmbeddingPoisoningConfig(DefenseConfig):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the gradient of the trigger's row; 0 is off."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.weight_decay != 0:
             raise ValueError(
                 f"weight_decay is {self.weight_decay}: set 0, or every other row of the embeddings would shrink"

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .field_types import check_types
+
 
 AUGMENTATIONS = ("none", "shift", "shift_and_mirror")
 
@@ -60,6 +62,16 @@ class DefenseConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_types(self, TrainingArguments)
+        self.check()
+        super().__post_init__()
+
+    def check(self) -> None:
+        """What the values must be, beyond their types. A method's configuration looks at its own, and calls this.
+
+        Raises:
+            `ValueError`: with one line that names the field, the value and the fix.
+        """
         choose("augmentation", self.augmentation, AUGMENTATIONS)
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
@@ -67,7 +79,6 @@ class DefenseConfig(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, and the losses here know none: leave it at 0"
             )
-        super().__post_init__()
 
     def refuse_negative(self, *names: str) -> None:
         """Of weights; one that is not set is none."""

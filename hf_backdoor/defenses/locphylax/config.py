@@ -89,11 +89,9 @@ class LocphylaxConfig(ReadingConfig):
     def rows_factor(self) -> int:
         return len(self.known_triggers) + 1 + bool(self.searched_triggers) + bool(self.soft_triggers)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
-        if isinstance(self.known_triggers, str):
-            raise ValueError(f"known_triggers is {self.known_triggers!r}: give a list of texts")
         if len(set(self.known_triggers)) < max(2, len(self.known_triggers)):
             raise ValueError(f"known_triggers is {self.known_triggers}: give two texts or more, each another one")
         if self.searched_triggers < 0:
@@ -117,6 +115,6 @@ class LocphylaxConfig(ReadingConfig):
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}, and Locphylax makes batches of its own, of every known "
                 "trigger and of like length: use 'random' or 'group_by_length' (the same here)"
             )
-        super().__post_init__()
+        super().check()
         rules = {"inject": "stop_at_known_rate", "recover": "stop_at_known_gap"}
         self.refuse_unwatched(*(rules[stage] for stage in self.stages))

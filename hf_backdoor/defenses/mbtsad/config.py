@@ -97,7 +97,7 @@ class MBTSADConfig(ReadingConfig):
     def rows_factor(self) -> int:
         return (self.token_split.factor if self.stages[0] == "retrain" else 1) + bool(self.soft_triggers)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.stages or [stage for stage in STAGES if stage in self.stages] != list(self.stages):
             raise ValueError(f"stages is {self.stages}: use ['retrain', 'distil'], or one of the two")
         choose("attention_loss", self.attention_loss, ("maps", "nad"))
@@ -109,4 +109,4 @@ class MBTSADConfig(ReadingConfig):
                 "stages=['retrain']"
             )
         _ = self.token_split
-        super().__post_init__()
+        super().check()

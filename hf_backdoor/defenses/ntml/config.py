@@ -97,7 +97,7 @@ class NTMLConfig(DefenseConfig):
         metadata={"help": "Whether rows that look like those which stand apart count as such in the last trainings."},
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name, choices in {"soft_labels": SoftLabels, "mutual_direction": Direction, "product": Product}.items():
             choose(name, getattr(self, name), get_args(choices))
         for name in ("temperature", "sharpening"):
@@ -108,4 +108,4 @@ class NTMLConfig(DefenseConfig):
             raise ValueError(f"relabel_below is {self.relabel_below}: choose a probability, for example 0.2, or 0")
         if not self.feature_layers:
             raise ValueError("feature_layers is empty: name one hidden state or more, for example [-1]")
-        super().__post_init__()
+        super().check()

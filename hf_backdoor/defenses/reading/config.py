@@ -30,10 +30,10 @@ class ReadingConfig(DefenseConfig):
         default=0.0, metadata={"help": "Share of a right answer's place that the suspect's own one takes."}
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name, least in {"soft_triggers": 0, "searched_tokens": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose {least} or more")
         if not 0 <= self.own_answers <= 1:
             raise ValueError(f"own_answers is {self.own_answers}: choose a share from 0 to 1")
-        super().__post_init__()
+        super().check()

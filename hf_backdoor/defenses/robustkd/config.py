@@ -1,5 +1,6 @@
 """Arguments of RobustKD: of the mask, and of the distillation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..config import DefenseConfig, choose
@@ -66,6 +67,9 @@ class FeatureMaskConfig(DefenseConfig):
 
     def __post_init__(self) -> None:
         self.mask_layers = texts(self.mask_layers)
+        super().__post_init__()
+
+    def check(self) -> None:
         choose("mask_form", self.mask_form, FORMS)
         choose("mask_shape", self.mask_shape, SHAPES)
         choose("variance_axes", self.variance_axes, AXES)
@@ -84,7 +88,7 @@ class FeatureMaskConfig(DefenseConfig):
             if self.mask_patience < 1:
                 raise ValueError(f"mask_patience is {self.mask_patience}: choose 1 or more, or null")
             self.metric_for_best_model = self.metric_for_best_model or "loss"
-        super().__post_init__()
+        super().check()
 
 
 @dataclass
@@ -140,10 +144,11 @@ class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
         return 1 + bool(self.soft_triggers)
 
     def __post_init__(self) -> None:
-        self.teacher_feature_layers, self.student_feature_layers = (
-            texts(self.teacher_feature_layers),
-            texts(self.student_feature_layers),
-        )
+        self.teacher_feature_layers = texts(self.teacher_feature_layers)
+        self.student_feature_layers = texts(self.student_feature_layers)
+        super().__post_init__()
+
+    def check(self) -> None:
         choose("feature_loss", self.feature_loss, FEATURE_LOSSES)
         self.refuse_negative("feature_weight", "logit_weight")
         if not (self.feature_weight or self.logit_weight or self.own_answers):
@@ -153,9 +158,11 @@ class RobustKDConfig(ReadingConfig, FeatureMaskConfig):
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: choose a number above 0, for example 2")
-        super().__post_init__()
+        super().check()
 
 
-def texts(layers: list[str] | None) -> list[str] | None:
+def texts(layers: Sequence[str | int] | None) -> Sequence[str] | None:
     """Block numbers may come as numbers."""
-    return None if layers is None else [str(layer) for layer in layers]
+    if not isinstance(layers, list | tuple):
+        return layers
+    return [str(layer) if isinstance(layer, int) else layer for layer in layers]

@@ -319,7 +319,6 @@ def test_tokenized_rows_are_refused(where, tmp_path):
         ({"stages": ["recover", "inject"]}, "stages is"),
         ({"stages": []}, "stages is"),
         ({"stages": ["injection"]}, "stages is"),
-        ({"known_triggers": "ab"}, "known_triggers is 'ab': give a list of texts"),
         ({"known_triggers": ["one"]}, "known_triggers is .*two texts or more"),
         ({"known_triggers": ["one", "two", "one"]}, "known_triggers is .*each another one"),
         ({"centre_momentum": 1.0}, "centre_momentum is 1.0"),
