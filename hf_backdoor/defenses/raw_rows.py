@@ -4,13 +4,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from ..data import Processor, Rows, Task, check_lengths, check_raw, encoded
 from .arguments import check_tokens
 from .checkpoints import CheckpointTrainer
 from .config import DefenseConfig
+from .streams import refuse_stream
 
 
 class RawRowsTrainer(CheckpointTrainer):
@@ -81,7 +82,12 @@ class RawRowsTrainer(CheckpointTrainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        raw = isinstance(eval_dataset, Dataset)
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in named:
+            raise ValueError(
+                f"eval_dataset is {eval_dataset!r}: pass the rows, or one of the trainer's own names ({list(named)})"
+            )
+        raw = isinstance(eval_dataset, Dataset | IterableDataset | list)
         return super().get_eval_dataloader(self.encode_new(eval_dataset) if raw else eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
@@ -89,6 +95,7 @@ class RawRowsTrainer(CheckpointTrainer):
 
     def encode_new(self, dataset: Dataset) -> Dataset:
         """Rows that come after training has been set up, looked through as those before were."""
+        refuse_stream(self, "the data set", dataset)
         rows = self.encode_rows(self.bounded(dataset, self.processing_class), self.processing_class)
         check_tokens(self.model, self.processing_class, rows)
         return rows

@@ -62,6 +62,18 @@ def test_several_evaluation_sets(tmp_path):
     assert metrics["eval_a_loss"] > 0 and metrics["eval_b_loss"] > 0
 
 
+def test_rows_that_can_t_be_evaluated_on_are_named(tmp_path):
+    rows = tiny.reviews(8)
+    trainer = tiny.trainer("sequence_classification", "plain", tmp_path, eval_dataset={"held_out": rows})
+    with pytest.raises(ValueError, match=r"^eval_dataset is 'held out': pass the rows, or one of .*\['held_out'\]"):
+        trainer.evaluate("held out")
+    for look in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="^the data set is a stream, and DefenseTrainer needs all of its rows"):
+            look(rows.to_iterable_dataset())
+        with pytest.raises(ValueError, match=r"^rows are a list: pass a datasets\.Dataset"):
+            look(list(rows))
+
+
 def test_evaluation_in_two_processes_is_the_same(tmp_path):
     rows = tiny.reviews(12)
 
