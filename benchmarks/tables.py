@@ -76,7 +76,12 @@ def table(method: str) -> str:
             lines += ["", f"## {recipe}, {trigger} trigger ({'; '.join(notes)})", ""]
             lines += ["| model | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
             for model in dict.fromkeys(row.model for row in rows):
-                lines.append(f"| {model} | " + " | ".join(cell(rows, model, metric) for metric in columns) + " |")
+                # Rates over other seeds than those beside them are no control of these.
+                measured = sum(any(row.model == model for row in results.rows) for results in runs)
+                seeds = f" ({measured} of {len(runs)} seeds)" if measured < len(runs) else ""
+                lines.append(
+                    f"| {model}{seeds} | " + " | ".join(cell(rows, model, metric) for metric in columns) + " |"
+                )
     return "\n".join(lines) + "\n"
 
 
