@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from .data import rename_columns, with_context
 from .evaluation import UNKNOWN_LABEL
-from .models import load_config, refuse_no_causal_lm
+from .models import load_config, refuse_no_causal_lm_config
 from .recipe import TASKS
 from .rows import refuse_other_kinds
 
@@ -90,7 +90,7 @@ def task_of_model(model: str, columns: list[str], label_words: list[str] | None,
         return "sequence_classification"
     if any(name.endswith("ForImageClassification") for name in architectures):
         return "image_classification"
-    refuse_no_causal_lm(config, model)
+    refuse_no_causal_lm_config(config, model)
     if label_words:
         return "label_words"
     if own.get("response_column") or any(name in columns for name in SYNONYMS["response"]):

@@ -62,7 +62,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> PreTrained
         return AutoConfig.from_pretrained(folder, gguf_file=gguf, revision=revision, trust_remote_code=False)
 
 
-def refuse_no_causal_lm(config: PreTrainedConfig, name_or_path: str) -> None:
+def refuse_no_causal_lm_config(config: PreTrainedConfig, name_or_path: str) -> None:
     """Refuses a checkpoint whose texts would be taught to what sees the answer, or to no language model at all.
 
     Raises:
@@ -92,7 +92,7 @@ def check_head(name_or_path: str, task_class: type[Task], num_labels: int | None
     config = load_config(name_or_path, revision=revision)
     own_head = any(map(names_classifier, config.architectures or []))
     if not task_class.has_head:
-        refuse_no_causal_lm(config, name_or_path)
+        refuse_no_causal_lm_config(config, name_or_path)
     elif own_head and num_labels != config.num_labels and not without_weights(name_or_path):
         raise other_head(name_or_path, num_labels, config.num_labels)
 
@@ -157,7 +157,7 @@ def load_processor(name_or_path: str, task_class: type[Task], *, revision: str |
     """
     # GGUF files hold causal LMs, and take seconds to read.
     if not task_class.has_head and resolve(name_or_path)[1] is None:
-        refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)
+        refuse_no_causal_lm_config(load_config(name_or_path, revision=revision), name_or_path)
     load = load_image_processor if task_class is ImageClassification else load_tokenizer
     return load(name_or_path, revision=revision)
 
@@ -250,7 +250,7 @@ def load_model(
             raise other_head(name_or_path, num_labels, own) from None
     else:
         if gguf is None:
-            refuse_no_causal_lm(load_config(name_or_path, revision=revision), name_or_path)
+            refuse_no_causal_lm_config(load_config(name_or_path, revision=revision), name_or_path)
         with named_if_missing(name_or_path):
             model, found = task_class.auto_model.from_pretrained(folder, output_loading_info=True, **options)
         refuse_missing(name_or_path, found["missing_keys"], task_class.auto_model)

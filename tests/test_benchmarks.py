@@ -241,3 +241,14 @@ def test_controls_that_no_run_of_a_cell_has_measured_are_told(efficacy):
     for measured, missing in ((rows, []), (rows[2:], controls[:2])):
         runs = [Results(rows=measured[:1]), Results(rows=measured[1:])]
         assert efficacy.tables.missing_controls("ntml", "agnews_minilm", runs) == missing
+
+
+def test_a_control_over_fewer_seeds_than_its_cell_says_so(efficacy, monkeypatch):
+    def run(models: list[str], seed: int) -> Results:
+        return Results(rows=[efficacy.Row.from_counts(model=m, metric="asr", k=1, n=2, seed=seed) for m in models])
+
+    runs = [run(["suspect", "control/fine_tuning"], 1), run(["suspect"], 2)]
+    monkeypatch.setattr(efficacy.tables, "cells_of", lambda method: {"agnews_minilm": {"word": runs}})
+    monkeypatch.setattr(efficacy.tables, "is_older", lambda *cell: False)
+    written = efficacy.tables.table("ntml")
+    assert "| control/fine_tuning (1 of 2 seeds) |" in written and "| suspect |" in written
