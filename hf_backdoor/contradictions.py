@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from .data import ImageClassification, ImageTrigger, LabelWords
@@ -358,6 +359,21 @@ def check_machine(recipe: Recipe) -> None:
         raise ValueError(
             "use_liger_kernel is True, and liger-kernel is not installed: pip install liger-kernel, or leave it out"
         )
+    for values in (recipe.training, *recipe.stages.values()):
+        _refuse_trackers(values.get("report_to"))
+
+
+def _refuse_trackers(report_to: str | list[str] | None) -> None:
+    """Refuses trackers that can't be started here: transformers looks for them when a training begins."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in [name for name in names if name not in ("all", "none")]:
+        try:
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(
+                f"report_to is {report_to!r}, and {name} can't be used here ({reason}): install it, or name another"
+            ) from None
 
 
 def is_repo_id(name: str) -> bool:

@@ -303,6 +303,22 @@ def test_liger_kernels_that_are_missing_are_named(place, workshop, tmp_path, mon
     check_machine(recipe)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("wandb", "WandbCallback requires wandb to be installed. Run `pip install wandb`"),
+        ("foo", "foo is not supported"),
+    ],
+)
+def test_trackers_that_are_missing_are_named_before_a_run(name, reason, workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    recipe = make_recipe(settings(workshop, tmp_path, report_to=[name]))
+    with pytest.raises(ValueError, match=rf"^report_to is \['{name}'\], and {name} can't be used here \({reason}"):
+        describe_run(recipe)
+    recipe.training["report_to"] = "all"
+    check_machine(recipe)
+
+
 def test_compiling_is_an_argument_like_any_other(workshop, tmp_path):
     recipe = make_recipe(settings(workshop, tmp_path, torch_compile=True, torch_compile_backend="inductor"))
     assert "MBTSADTrainer" in describe_run(recipe)
