@@ -84,6 +84,10 @@ def named_if_missing(name_or_path: str) -> Iterator[None]:
                 "save_pretrained() it"
             )
         raise ValueError(f"model {name_or_path!r} can't be loaded ({reason}): {fix}") from None
+    except ImportError as error:  # of FlashAttention, say, that attn_implementation asks for
+        reason = " ".join(str(error).split()).rstrip(".")
+        fix = "install it" + (", or name another attn_implementation (sdpa)" if "Attention" in reason else "")
+        raise ValueError(f"model {name_or_path!r} can't be loaded ({reason}): {fix}") from None
     except StrictDataclassError as error:
         raise ValueError(
             f"model {name_or_path!r} has a config.json that can't be read ({' '.join(str(error).split())}): copy or download it again"

@@ -10,6 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import is_flash_attn_2_available
 
 from hf_backdoor import run_models
 from hf_backdoor.adapters import save_adapter
@@ -366,3 +367,12 @@ def test_a_dequantized_gguf_model_is_saved_as_a_plain_one(tmp_path, monkeypatch)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert tiny.largest_difference(tiny.parameters(saved), expected) == 0
     assert not hasattr(saved.config, "quantization_config")
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed")
+def test_an_attention_that_is_not_installed_is_named(tmp_path):
+    suspect = tiny.saved("bert", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"can't be loaded \(FlashAttention2 .*installed\): install it, or name another attn"
+    ):
+        load_model(suspect, SequenceClassification, attn_implementation="flash_attention_2")
