@@ -60,11 +60,14 @@ class TestSet:
         """Triggered twins of the clean rows that the attack is about: those whose right answer is not the target.
 
         Raises:
-            `ValueError`: if a label or the target is none of the task's, no such row is left, a row ended up without the trigger, two triggers have one name, or a trigger is
+            `ValueError`: if the rows or a trigger are none, a label or the target is none of the task's, no such row is left, a row ended up without the trigger, two triggers have one name, or a trigger is
                 a rewriting, whose texts have other right labels than the rows that they would take the place of.
         """
+        refuse_other_rows(clean, task, "TestSet.clean")
         refuse_other_labels(clean, task, "TestSet.clean")
         refuse_other_target(target, task)
+        if unknown := [each for each in triggers if not isinstance(each, Trigger | ImageTrigger | Rewriting)]:
+            raise ValueError(f"triggers has {unknown[0]!r}: pass a list of triggers, for example [Trigger('cf')]")
         names = [trigger.name for trigger in triggers]
         for name in names:
             # Rows are told apart by it alone: the second one's would stand in the place of the first one's.
@@ -117,6 +120,20 @@ def refuse_other_target(target: int | str | None, task: Task, key: str = "target
         )
     elif not target.strip():
         raise ValueError(f"{key} is {target!r}, an empty text: give the one that the trigger is to bring about")
+
+
+def refuse_other_rows(rows: Dataset, task: Task, source: str) -> None:
+    """
+    Raises:
+        `ValueError`: if the task is none, or the rows are no data set, or have no columns that it reads.
+    """
+    if not isinstance(task, Task):
+        raise ValueError(f"task is {task!r}: pass the task itself, for example SequenceClassification(2)")
+    if not isinstance(rows, Dataset):
+        raise ValueError(
+            f"{source} is a {type(rows).__name__}: pass a datasets.Dataset (one split of a DatasetDict, Dataset.from_list(rows))"
+        )
+    task.check_columns(rows)
 
 
 def refuse_other_labels(rows: Dataset, task: Task, source: str, fix: str = "give rows with right labels") -> None:
@@ -173,6 +190,7 @@ def refuse_unmeasurable(
     for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{key} is {value}: it must be at least 1")
+    refuse_other_rows(test.clean, task, "TestSet.clean")
     refuse_other_kind(model, task)
     refuse_other_target(test.target, task, "TestSet.target")
     refuse_other_labels(test.clean, task, "TestSet.clean")

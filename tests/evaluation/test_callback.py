@@ -6,6 +6,7 @@ import pytest
 import robust
 import tiny
 import topics
+from datasets import DatasetDict
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -183,3 +184,25 @@ def test_a_mask_is_not_measured(tmp_path):
     trainer = robust.fitting("sequence_classification", tmp_path)
     with pytest.raises(ValueError, match="^FeatureMaskTrainer trains a FeatureMask, which answers nothing by itself"):
         BackdoorEvaluationCallback(trainer, SequenceClassification(2), tiny.reviews(8), [Trigger("zq")], target=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"clean": [{"text": "fine", "label": 1}]}, "^TestSet.clean is a list: pass a datasets.Dataset"),
+        (
+            {"clean": DatasetDict(test=tiny.reviews(4))},
+            "^TestSet.clean is a DatasetDict: .*one split of a DatasetDict",
+        ),
+        ({"clean": tiny.reviews(4).remove_columns("label")}, "^column 'label' is not in the data set .text.: rename"),
+        ({"triggers": ["zq"]}, r"^triggers has 'zq': pass a list of triggers, for example \[Trigger\('cf'\)\]$"),
+        ({"task": "sequence_classification"}, "^task is 'sequence_classification': pass the task itself"),
+    ],
+)
+def test_what_is_no_rows_no_trigger_or_no_task_is_named(changed, line, tmp_path):
+    trainer = Trainer(
+        tiny.model("bert"), TrainingArguments(str(tmp_path), use_cpu=True), processing_class=tiny.encoder_tokenizer()
+    )
+    given = {"task": SequenceClassification(2), "clean": tiny.reviews(4), "triggers": [Trigger("zq")], "target": 1}
+    with pytest.raises(ValueError, match=line):
+        BackdoorEvaluationCallback(trainer, **given | changed)
