@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Json
 
 from .attacks import Poisoning, poison
 from .cutting import CutRows
@@ -245,12 +245,13 @@ def load(recipe: Recipe, key: str, *, columns: dict[str, str], **options: Any) -
 def refuse_other_kinds(rows: Dataset, columns: dict[str, str], source: str) -> None:
     """
     Raises:
-        `ValueError`: if a column of texts holds numbers, or any column lists.
+        `ValueError`: if a column of texts holds numbers, or any column lists, or values of several kinds.
     """
     for name, present in columns.items():
-        kind = getattr(rows.features[name], "dtype", "lists")
+        mixed = isinstance(rows.features[name], Json)
+        kind = "values of several kinds" if mixed else getattr(rows.features[name], "dtype", "lists")
         if name != "image" and (
-            kind == "lists" or (name != "label" and kind not in ("string", "large_string", "null"))
+            mixed or kind == "lists" or (name != "label" and kind not in ("string", "large_string", "null"))
         ):
             wanted = "whole numbers 0, 1, ..." if name == "label" else "text"
             raise ValueError(

@@ -113,6 +113,13 @@ def test_columns_of_another_kind_are_refused_in_one_line(classifier, tmp_path, c
     assert error.startswith("hf-backdoor: ") and line in error
 
 
+def test_a_column_of_numbers_and_texts_is_called_what_it_is(classifier, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": "0"}\n')
+    assert main(["clean", classifier, "--data", str(data), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "label_column is 'label', which holds values of several kinds in" in capsys.readouterr().err
+
+
 # ---- The line itself ----
 
 
