@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..data import ImageClassification, Processor, Task, infer_task
 from . import locphylax, mbtsad, ntml, robustkd
+from .arguments import refuse_names
 from .config import DefenseConfig
 from .method import Method, Step, asked_for
 from .trainer import DefenseTrainer
@@ -63,11 +64,17 @@ def defend(
         `PreTrainedModel`: The cleaned model: `model`, or `student` where there is one.
 
     Raises:
-        `ValueError`: if the method, a stage or an argument is unknown or would not be read, or a student is missing.
+        `ValueError`: if a name stands for the model or the tokenizer, the method, a stage or an argument is unknown or would not be read, or a student is missing.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: use one of {', '.join(METHODS)}")
+    refuse_names(model, tokenizer)
     plan, stages = METHODS[method], stages or {}
+    if not isinstance(stages, dict) or not all(isinstance(own, dict) for own in stages.values()):
+        raise ValueError(
+            f"stages is {stages!r}: give arguments by a stage's name, for example "
+            f"{{{next(iter(plan.stages))!r}: {{'learning_rate': 1e-4}}}}"
+        )
     if unknown := sorted(set(stages) - set(plan.stages)):
         raise ValueError(f"stages has {unknown}: {method} has {', '.join(plan.stages)}")
     configs = {name: step.trainer.config_class() for name, step in plan.stages.items()} | {"arguments": plan.config}

@@ -42,7 +42,12 @@ OF_THE_TASK = {"label_words": "words", "prompt_template": "template", "system_pr
 
 
 def check_arguments(
-    trainer: "DefenseTrainer", model: Any, args: Any, peft_config: PeftConfig | None, others: dict[str, Any]
+    trainer: "DefenseTrainer",
+    model: Any,
+    args: Any,
+    processor: Any,
+    peft_config: PeftConfig | None,
+    others: dict[str, Any],
 ) -> None:
     """Before anything is made of them.
 
@@ -63,8 +68,7 @@ def check_arguments(
     for name, instead in (NOT_READ if trainer.takes_teacher else NOT_READ | NO_TEACHER).items():
         if others.get(name) is not None:
             raise ValueError(f"{name} is given, and {type(trainer).__name__} would not read it: {instead}")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: pass the model itself, as from_pretrained gives it")
+    refuse_names(model, processor)
     refuse_no_causal_lm(model, "model")
     teacher = others.get("teacher_model")
     if isinstance(teacher, nn.Module) and auto_class(base_model(model)) is AutoModelForCausalLM:
@@ -77,6 +81,19 @@ def check_arguments(
         raise ValueError(
             "peft_config is given, and model has an adapter, which would not be trained any more: leave peft_config out, or "
             "pass model.merge_and_unload()"
+        )
+
+
+def refuse_names(model: Any, processor: Any) -> None:
+    """
+    Raises:
+        `ValueError`: for a name, or a folder, where the model or its tokenizer is wanted.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: pass the model itself, as from_pretrained gives it")
+    if isinstance(processor, str | Path):
+        raise ValueError(
+            f"processing_class is {str(processor)!r}: pass the tokenizer (or image processor) itself, as from_pretrained gives it"
         )
 
 

@@ -109,7 +109,7 @@ class DefenseTrainer(RawRowsTrainer):
         **kwargs: Any,
     ):
         args = self.config_class()("tmp_trainer") if args is None else args
-        check_arguments(self, model, args, peft_config, kwargs | {"teacher_model": teacher_model})
+        check_arguments(self, model, args, processing_class, peft_config, kwargs | {"teacher_model": teacher_model})
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is None: pass the model's tokenizer or image processor")
         self.args = args

@@ -44,6 +44,11 @@ def test_a_name_is_no_model(model, tmp_path):
         script(tmp_path, tiny.reviews(4), model=model)
 
 
+def test_a_name_is_no_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"^processing_class is 'me/suspect': pass the tokenizer \(or image"):
+        script(tmp_path, tiny.reviews(4), processing_class="me/suspect")
+
+
 def test_an_adapter_over_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^peft_config is given, and model has an adapter.*: leave peft_config out"):
         plain(tmp_path, model=get_peft_model(tiny.model("bert"), LORA), peft_config=LORA)

@@ -151,6 +151,17 @@ def test_unknown_arguments_are_refused(suspect, tmp_path):
         clean(suspect, tmp_path, learning_rat=1)
 
 
+def test_names_in_the_place_of_things_are_refused(suspect, tmp_path):
+    rows, output = tiny.reviews(4), str(tmp_path)
+    with pytest.raises(ValueError, match="^model is 'me/suspect': pass the model itself"):
+        defend("mbtsad", "me/suspect", tiny.encoder_tokenizer(), rows, output_dir=output)
+    with pytest.raises(ValueError, match="^processing_class is 'me/suspect': pass the tokenizer"):
+        defend("mbtsad", tiny.model("bert"), "me/suspect", rows, output_dir=output)
+    for stages in ["inject"], {"inject": 3}:
+        with pytest.raises(ValueError, match="^stages is .*: give arguments by a stage's name, for example {'"):
+            clean(suspect, tmp_path, stages=stages)
+
+
 @pytest.mark.parametrize(
     "options, line",
     [
