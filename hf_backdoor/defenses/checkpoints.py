@@ -147,6 +147,15 @@ class CheckpointTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         self._stepped_loss = tr_loss.clone()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            raise ValueError(
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}, and an evaluation gives {', '.join(metrics)}: name one of "
+                "these"
+            ) from None
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and Path(checkpoint, EXTRA_STATE_FILE).exists():

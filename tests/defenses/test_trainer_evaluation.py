@@ -56,6 +56,15 @@ def test_evaluate_and_predict_take_raw_rows(tmp_path, name):
     assert len(trainer.predict(rows).predictions) == 12
 
 
+def test_a_best_model_by_a_metric_that_there_is_not(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "f1", "max_steps": 1}
+    trainer = tiny.trainer("sequence_classification", "plain", tmp_path, eval_dataset=tiny.reviews(4), **options)
+    with pytest.raises(
+        ValueError, match="^metric_for_best_model is 'f1', and an evaluation gives eval_loss, .*: name one"
+    ):
+        trainer.train()
+
+
 def test_several_evaluation_sets(tmp_path):
     sets = {"a": tiny.reviews(4), "b": tiny.reviews(6, seed=1)}
     metrics = tiny.trainer("label_words", "plain", tmp_path, eval_dataset=sets).evaluate()
