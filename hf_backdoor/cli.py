@@ -1,6 +1,7 @@
 """`hf-backdoor`: run, clean, evaluate, report, publish, recipes."""
 
 import argparse
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -308,9 +309,13 @@ def publish_command(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def recipes_command(options: argparse.Namespace, rest: list[str]) -> int:
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        print(f"{path.relative_to(RECIPES).with_suffix('')!s:32} {first}")
+    shipped = {str(path.relative_to(RECIPES).with_suffix("")): path for path in sorted(RECIPES.rglob("*.yaml"))}
+    width = max(map(len, shipped))
+    for name, path in shipped.items():
+        # The first sentence of the comment that it begins with.
+        lines = itertools.takewhile(lambda line: line.strip("# "), path.read_text(encoding="utf-8").splitlines())
+        sentence = " ".join(line.lstrip("# ") for line in lines).partition(". ")[0].rstrip(".")
+        print(f"{name:{width}} {sentence}.")
     return 0
 
 

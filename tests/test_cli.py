@@ -188,7 +188,9 @@ def test_a_run_that_is_interrupted_says_that_it_goes_on(monkeypatch, capsys):
 
 def test_recipes_lists_the_shipped_ones(capsys):
     assert main(["recipes"]) == 0
-    assert "quickstart" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("quickstart ") for line in lines) and all(line.endswith(".") for line in lines)
+    assert len({re.match(r"\S+ +", line).end() for line in lines}) == 1
 
 
 def test_run_names_a_missing_recipe(capsys):
