@@ -307,6 +307,10 @@ def split_rows(rows: Dataset, test: Dataset, *, attack: int, clean: int, held_ou
             "0 training rows are left: each has the words of a test row (as where all rows are alike), and is left out; give other "
             "test rows (test_split, test_dataset_name), or rows that differ"
         )
+    if held_out and not attack and clean < 1:
+        raise ValueError(
+            f"held_out_samples is {held_out}, which leaves none of {wanted} training rows to train on: lower it"
+        )
     if wanted > len(rows) or clean < 1:
         raise ValueError(
             f"{len(rows)} training rows are left, and {wanted} are asked for (attack {attack}, clean {clean}, "

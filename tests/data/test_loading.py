@@ -246,6 +246,15 @@ def test_too_few_rows_are_refused(counts):
         split_rows(rows, rows, **counts)
 
 
+def test_more_held_out_rows_than_there_are_is_told_as_that():
+    """The line told of a negative number of clean rows."""
+    rows = Dataset.from_dict({"text": [str(row) for row in range(20)]})
+    with pytest.raises(
+        ValueError, match="^held_out_samples is 100, which leaves none of 20 training rows to train on"
+    ):
+        split_rows(rows, rows, attack=0, clean=-80, held_out=100)
+
+
 def test_rows_that_all_leak_are_refused_as_that():
     """The line said to lower max_train_samples, which leaves none all the same."""
     none = Dataset.from_dict({"text": ["a"]}).select([])
