@@ -150,6 +150,10 @@ def checked_training(key: str, value: Any, hints: dict[str, Any], known: list[st
         raise ValueError(
             f"{prefix}hub_token is set, and recipes are kept and published: leave it out, and set HF_TOKEN or run `hf auth login`"
         )
+    if key in RESERVED:
+        raise ValueError(
+            f"{prefix}{key} is {value!r}, and a run decides that for itself (it goes on where it stopped): leave it out"
+        )
     if key in hints:
         return checked(prefix + key, value, hints[key])
     near = difflib.get_close_matches(str(key), known, 1)
@@ -194,7 +198,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     items = iter(arguments)
     for item in items:
         if not item.startswith("--"):
-            raise ValueError(f"{item!r} stands alone: write overrides as --key value")
+            raise ValueError(
+                f"{item!r} stands alone: write overrides as --key value (a list as --key '[one, another]')"
+            )
         key, equals, text = item[2:].partition("=")
         if not equals:
             text = next(items, None)

@@ -58,6 +58,7 @@ def test_an_override_of_nothing_is_an_empty_text(override, tmp_path):
     "overrides, line",
     [
         (["seed", "1"], "'seed' stands alone: write overrides as --key value"),
+        (["--controls", "a", "b"], r"'b' stands alone: .* .a list as --key '\[one, another\]'."),
         (["--seed"], "--seed has no value"),
         (
             ["--controls", "--seed", "1"],
