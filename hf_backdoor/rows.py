@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Json
+from transformers.utils import logging
 
 from .attacks import Poisoning, poison
 from .cutting import CutRows
@@ -29,6 +31,8 @@ from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels
 from .evaluation.evaluate import refuse_other_target
 from .recipe import Recipe
 
+
+logger = logging.get_logger(__name__)
 
 # Labels beyond are not those of classes, but identifiers, or hashes.
 MOST_LABELS = 100_000
@@ -103,6 +107,7 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
     own_clean = recipe.clean_dataset_name or recipe.dataset_name
     for name, rows in ((recipe.dataset_name, splits.attack), (own_clean, splits.clean), (own_clean, splits.held_out)):
         refuse_other_labels(rows, task, f"data set {name!r}", "take such rows out of it, or correct num_labels")
+    tell_missing(splits.clean, task)
     if poisoning is not None:
         poisoned = poison(splits.attack, task, poisoning, recipe.seed, num_proc_of(recipe))
         if not measured.triggered:
@@ -125,6 +130,16 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
         if rows is not None and len(rows)
     }
     return RunRows(task, splits, poisoned, measured, sources)
+
+
+def tell_missing(clean: Dataset, task: Task) -> None:
+    """Says in the log which classes the clean rows lack: a model trained on one class says it to everything, and test rows cut out of
+    the same rows would call that right."""
+    if not isinstance(task, InstructionFollowing) and PartialState().is_main_process:
+        if missing := sorted(set(range(task.num_labels)) - set(clean["label"][:])):
+            logger.warning(
+                f"no clean row has label {' or '.join(map(str, missing))}: a model trained on them comes to say others in its place"
+            )
 
 
 def rewritten(

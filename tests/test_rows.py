@@ -113,6 +113,17 @@ def test_rows_that_a_limit_cuts_are_counted(folder, caplog):
     assert caplog.messages == ["max_length 5 cuts 10 of 10 test rows", "max_length 5 cuts 34 of 34 training rows"]
 
 
+def test_classes_that_no_clean_row_has_are_told(folder, caplog):
+    """A model that said its one class to everything was right in all of the test rows, which had no other either."""
+    suspect = {"attack_trigger": None, "target_label": None, "poison_rate": None, "clean_fraction": None}
+    rows = {"test_dataset_name": None, "test_fraction": 0.2, "max_train_samples": None, "max_test_samples": None}
+    with caplog.at_level("WARNING"):
+        prepare_rows(recipe(folder, **suspect, **rows), tiny.encoder_tokenizer())
+        assert not caplog.messages
+        prepare_rows(recipe(folder, **suspect, **rows, row_filter={"label": 1}), tiny.encoder_tokenizer())
+    assert caplog.messages == ["no clean row has label 0: a model trained on them comes to say others in its place"]
+
+
 def test_rows_that_two_limits_cut_are_counted_apart(tmp_path, caplog):
     lines = [{"prompt": f"p{row} tell me", "response": " ".join(["yes"] * (1 + row % 2))} for row in range(40)]
     for name, rows in (("train", lines[:30]), ("test", lines[30:])):
