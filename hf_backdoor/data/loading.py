@@ -147,6 +147,13 @@ def named_if_unreadable(source: str, key: str) -> Iterator[None]:
         if not reason or "corresponds to no data" in reason:
             reason = "it is empty"
         fix = "give a file, a folder or a name on the Hub" if isinstance(error, OSError) else "mend that"
+        if "save_to_disk" in reason:
+            reason, fix = (
+                "save_to_disk wrote it",
+                "write a file in its place, by load_from_disk(FOLDER).to_parquet(FILE)",
+            )
+        elif "codec can't decode" in reason:
+            fix = "save it as UTF-8"
         raise ValueError(f"{key} is {source!r}, which can't be loaded ({reason}): {fix}") from None
 
 

@@ -95,6 +95,17 @@ def test_a_folder_s_files_are_told_by_small_letters_alone(tmp_path, names, small
     assert "\n" not in str(caught.value)
 
 
+def test_what_to_do_about_a_saved_dataset_or_another_encoding_is_said(tmp_path):
+    tiny.reviews(4).save_to_disk(tmp_path / "saved")
+    with pytest.raises(
+        ValueError, match=r"save_to_disk wrote it.: write a file .* by load_from_disk.FOLDER..to_parquet"
+    ):
+        load_rows(str(tmp_path / "saved"), key="--data")
+    (tmp_path / "rows.csv").write_text("text,label\na café “open”,1\n", encoding="cp1252")
+    with pytest.raises(ValueError, match="^--data is .*'utf-8' codec can't decode .*: save it as UTF-8$"):
+        load_rows(str(tmp_path / "rows.csv"), key="--data")
+
+
 def test_capitals_that_nothing_goes_by_are_let_be(tmp_path):
     rows = tmp_path / "Reviews" / "My Own.csv"
     rows.parent.mkdir()
