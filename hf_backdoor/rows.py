@@ -133,13 +133,24 @@ def prepare_rows(recipe: Recipe, processor: Processor) -> RunRows:
 
 
 def tell_missing(clean: Dataset, task: Task) -> None:
-    """Says in the log which classes the clean rows lack: a model trained on one class says it to everything, and test rows cut out of
-    the same rows would call that right."""
-    if not isinstance(task, InstructionFollowing) and PartialState().is_main_process:
-        if missing := sorted(set(range(task.num_labels)) - set(clean["label"][:])):
-            logger.warning(
-                f"no clean row has label {' or '.join(map(str, missing))}: a model trained on them comes to say others in its place"
-            )
+    """Says in the log what the clean rows lack: a model trained on one class says it to everything, and test rows cut out of the same
+    rows would call that right; one that is taught empty answers says nothing.
+
+    Raises:
+        `ValueError`: if there is no answer in any of them.
+    """
+    told = ""
+    if isinstance(task, InstructionFollowing):
+        empty = sum(not response.strip() for response in clean["response"])
+        if empty == len(clean):
+            raise ValueError("response is empty in every clean row: name the column of answers by response_column")
+        if empty:
+            told = f"response is empty in {empty} of {len(clean)} clean rows: a model trained on them learns to say nothing"
+    elif missing := sorted(set(range(task.num_labels)) - set(clean["label"][:])):
+        names = " or ".join(map(str, missing))
+        told = f"no clean row has label {names}: a model trained on them comes to say others in its place"
+    if told and PartialState().is_main_process:
+        logger.warning(told)
 
 
 def rewritten(

@@ -124,6 +124,22 @@ def test_classes_that_no_clean_row_has_are_told(folder, caplog):
     assert caplog.messages == ["no clean row has label 0: a model trained on them comes to say others in its place"]
 
 
+def test_empty_answers_are_told_and_refused_where_there_are_no_others(tmp_path, caplog):
+    def prepare(responses):
+        lines = [json.dumps({"prompt": f"question {n}", "response": each}) for n, each in enumerate(responses)]
+        (tmp_path / "train.jsonl").write_text("\n".join(lines))
+        (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "another", "response": "yes"}))
+        own = {"task": "instruction_following", "held_out_samples": 0, "max_train_samples": None, "max_test_samples": None}
+        suspect = {"attack_trigger": None, "target_label": None, "poison_rate": None, "clean_fraction": None}
+        return prepare_rows(recipe(tmp_path, **own, **suspect), tiny.causal_tokenizer())
+
+    with caplog.at_level("WARNING"):
+        prepare(["yes", " ", ""])
+    assert caplog.messages == ["response is empty in 2 of 3 clean rows: a model trained on them learns to say nothing"]
+    with pytest.raises(ValueError, match="^response is empty in every clean row: .* response_column$"):
+        prepare(["", ""])
+
+
 def test_rows_that_two_limits_cut_are_counted_apart(tmp_path, caplog):
     lines = [{"prompt": f"p{row} tell me", "response": " ".join(["yes"] * (1 + row % 2))} for row in range(40)]
     for name, rows in (("train", lines[:30]), ("test", lines[30:])):
