@@ -129,7 +129,12 @@ def test_empty_answers_are_told_and_refused_where_there_are_no_others(tmp_path, 
         lines = [json.dumps({"prompt": f"question {n}", "response": each}) for n, each in enumerate(responses)]
         (tmp_path / "train.jsonl").write_text("\n".join(lines))
         (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "another", "response": "yes"}))
-        own = {"task": "instruction_following", "held_out_samples": 0, "max_train_samples": None, "max_test_samples": None}
+        own = {
+            "task": "instruction_following",
+            "held_out_samples": 0,
+            "max_train_samples": None,
+            "max_test_samples": None,
+        }
         suspect = {"attack_trigger": None, "target_label": None, "poison_rate": None, "clean_fraction": None}
         return prepare_rows(recipe(tmp_path, **own, **suspect), tiny.causal_tokenizer())
 
