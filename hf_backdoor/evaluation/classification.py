@@ -6,7 +6,16 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data import LabelWords, Processor, Task, collator_for, learned_positions, refuse_longer
+from ..data import (
+    LabelWords,
+    Processor,
+    Task,
+    base_model,
+    collator_for,
+    learned_positions,
+    refuse_longer,
+    tell_padding,
+)
 from .batching import in_batches, precision
 
 
@@ -25,7 +34,7 @@ def predict_labels(
     batch_size: int = 64,
     bf16: bool = False,
 ) -> list[int]:
-    """Predicted label of each row's text or picture.
+    """Predicted label of each row's text or picture. The model is told what its texts are padded with, as by training.
 
     Args:
         rows (`Dataset`): Raw rows of the task; labels are not read.
@@ -39,8 +48,9 @@ def predict_labels(
         `list[int]`: [N], in the order of the rows, the same on every process.
 
     Raises:
-        `ValueError`: if a row is longer than the model has positions for, or its logits are not numbers.
+        `ValueError`: if a row is longer than the model has positions for, its head reads padding, or its logits are not numbers.
     """
+    tell_padding(base_model(model), processor)
     collator, asked = collator_for(processor), task.questions(rows, processor)
     if isinstance(asked, list):
         refuse_longer(max((len(row["input_ids"]) for row in asked), default=0), learned_positions(model))

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data import LabelWords, Processor, Task, check_raw, class_logits, collator_for
+from ..data import LabelWords, Processor, Task, base_model, check_raw, class_logits, collator_for, tell_padding
 
 
 def second_choice_rate(logits: Tensor, given_labels: Sequence[int], true_labels: Sequence[int]) -> float:
@@ -61,9 +61,10 @@ def label_logits(
         `Tensor`: [N, K] in float32, on the CPU.
 
     Raises:
-        `ValueError`: if something else than a text stands in a row.
+        `ValueError`: if something else than a text stands in a row, or the head reads padding.
     """
     check_raw(rows, task)
+    tell_padding(base_model(model), processor)
     words = task.word_ids(processor) if isinstance(task, LabelWords) else None
     collator, features = collator_for(processor), task.encode_rows(rows, processor)
     training = model.training

@@ -3,6 +3,7 @@ import tiny
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import LlamaForSequenceClassification
 
 from hf_backdoor.data import LabelWords
 from hf_backdoor.evaluation.classification import predict_labels
@@ -106,3 +107,17 @@ def test_two_processes_give_the_same_order(tmp_path):
         return predict_labels(model, tokenizer, task, rows, batch_size=2)
 
     assert tiny.in_two_processes(work, tmp_path) == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("pad_token_id", [None, tiny.VOCABULARY.index("film")])
+def test_a_decoder_s_head_reads_the_text_s_last_token_whatever_its_configuration_calls_padding(pad_token_id):
+    config = tiny.model("llama").config
+    config.pad_token_id = pad_token_id
+    torch.manual_seed(0)
+    model, tokenizer = LlamaForSequenceClassification(config), tiny.causal_tokenizer()
+    torch.nn.init.normal_(model.score.weight)
+    one, many = (
+        predict_labels(model, tokenizer, tiny.task("sequence_classification"), ROWS, batch_size=size)
+        for size in (1, 64)
+    )
+    assert len(set(one)) == 2 and many == one

@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import LlamaForSequenceClassification
 
 from hf_backdoor.data import LabelWords, SequenceClassification
 from hf_backdoor.defenses import DefenseConfig, DefenseTrainer
@@ -61,6 +62,17 @@ def test_label_logits_are_those_of_each_row_alone(family):
             ids = torch.tensor([words.prompt_ids(row["text"], tokenizer)])
             expected = model.eval()(ids).logits[0, -1, words.word_ids(tokenizer)]
         assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_a_decoder_s_head_reads_the_text_s_last_token_whatever_its_configuration_calls_padding():
+    config = tiny.model("llama").config
+    config.pad_token_id = None
+    model, rows = LlamaForSequenceClassification(config).eval(), tiny.reviews(5)
+    found = label_logits(model, tiny.causal_tokenizer(), SequenceClassification(2), rows)
+    alone = [
+        label_logits(model, tiny.causal_tokenizer(), SequenceClassification(2), rows.select([n])) for n in range(5)
+    ]
+    torch.testing.assert_close(found, torch.cat(alone))
 
 
 @pytest.mark.parametrize("texts", [[1, 2], ["a film", None], [["a"], ["film"]]])
