@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from ...data import Processor, base_model, stamp
+from ...data import Processor, auto_class, base_model, refuse_missing, stamp
 from ..arguments import check_other, check_trained
 from ..engines import SHARDED
 from .classes import ClassTrainer, feature_states
@@ -128,8 +128,8 @@ class NTMLTrainer(ClassTrainer):
             Trains an adapter in each network, in place of all the weights.
 
     Raises:
-        `ValueError`: if answers are free texts, if there are two classes only, if the target network is missing, or under
-            DeepSpeed ZeRO-3.
+        `ValueError`: if answers are free texts, if there are two classes only, if the target network, or some of its
+            weights, are missing, or under DeepSpeed ZeRO-3.
     """
 
     def __init__(self, *args: Any, target_model: PreTrainedModel | str | Path | None = None, **kwargs: Any):
@@ -175,10 +175,15 @@ class NTMLTrainer(ClassTrainer):
         check_other(model, self.target_model, "target_model")
         target = self.target_model
         if isinstance(target, str | Path):
-            own = base_model(model)
-            target = type(own).from_pretrained(
-                target, use_safetensors=True, dtype=own.dtype, attn_implementation=own.config._attn_implementation
+            own, folder = base_model(model), target
+            target, found = type(own).from_pretrained(
+                folder,
+                output_loading_info=True,
+                use_safetensors=True,
+                dtype=own.dtype,
+                attn_implementation=own.config._attn_implementation,
             )
+            refuse_missing(folder, found["missing_keys"], auto_class(own))
         if not any(parameter.requires_grad for parameter in target.parameters()):  # as a teacher it was frozen
             if isinstance(target, PeftModel):
                 target.set_adapter(target.active_adapter)  # what lies under an adapter stays as it is

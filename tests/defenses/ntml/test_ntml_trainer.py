@@ -302,6 +302,16 @@ def test_an_answer_that_is_no_label_word_is_of_no_class(stage, tmp_path):
 def test_a_missing_network_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^target_model is None: pass the network"):
         topics.trainer("label_words", "mutual", tmp_path, target_model=None)
+
+
+@pytest.mark.parametrize("kind, head", [("sequence_classification", "classifier.bias"), ("label_words", "lm_head")])
+def test_a_target_network_s_folder_without_its_head_is_refused(kind, head, tmp_path):
+    """A fresh one was drawn for it, and taught its peer."""
+    topics.network(kind, 1).base_model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^model '{tmp_path}' has no weights for {head}.*, which would be random: give"
+    ):
+        topics.trainer(kind, "mutual", tmp_path, target_model=str(tmp_path))
     with pytest.raises(ValueError, match="^teacher_model is None"):
         topics.trainer("label_words", "non_target", tmp_path, teacher_model=None).train()
 
