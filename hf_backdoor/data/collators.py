@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image as Picture
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
@@ -114,12 +115,19 @@ class ImageCollator:
             The model's: resizes, crops and scales, as it says.
 
     Raises:
-        `ValueError`: if pictures differ in size and the processor leaves them so.
+        `ValueError`: if a row has no picture, or no label, or pictures differ in size and the processor leaves them so.
     """
 
     processor: BaseImageProcessor
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for row in features:
+            if "labels" not in row or not isinstance(row.get("pixel_values"), Picture):
+                held = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+                raise ValueError(
+                    f"a row holds {held}, and not a picture as pixel_values, and labels: pass raw rows (image and label), leave out those "
+                    "without a picture, or pass a data_collator of your own"
+                )
         pictures = [feature["pixel_values"].convert("RGB") for feature in features]
         sizes = {picture.size for picture in pictures}
         if len(sizes) > 1 and not getattr(self.processor, "do_resize", True):

@@ -1,12 +1,13 @@
-"""Raw rows that no tokenizer reads, found before one is asked to."""
+"""Raw rows that a model can't be given, found before anything reads them."""
 
 import reprlib
 
 from datasets import Dataset
 from pyarrow import types
 
+from .images import ImageClassification
 from .mapping import Rows
-from .tasks import Task
+from .tasks import Task, checked_label
 
 
 def check_raw(rows: Rows, task: Task) -> None:
@@ -14,7 +15,8 @@ def check_raw(rows: Rows, task: Task) -> None:
 
     Raises:
         `ValueError`: if a column is missing, or stands in the way of what is planted, or something else than a text stands in one of
-            texts. A stream can't be looked through.
+            texts, or a picture has a label that is none of the task's (a text's is looked at as it is encoded). A stream can't be looked
+            through.
     """
     if "planted" in task.check_columns(rows):
         raise ValueError("column 'planted' is in the data set, and would be taught in place of the answers: rename it")
@@ -28,3 +30,6 @@ def check_raw(rows: Rows, task: Task) -> None:
                         f"{column} is {reprlib.repr(text)} in row {row}, which is no text: pass texts (of a conversation's turn, its "
                         "'content'), and leave out rows that have none"
                     )
+    if isinstance(task, ImageClassification) and isinstance(rows, Dataset):
+        for label in set(rows[task.answer_column][:]):
+            checked_label(label, task.num_labels)

@@ -88,6 +88,36 @@ def test_pictures_of_several_sizes_need_a_processor_that_resizes():
     assert ImageCollator(resizing)(features)["pixel_values"].shape == (2, 3, 6, 6)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"pixel_values": [[[0.0]]], "labels": 0},
+        {"pixel_values": None, "labels": 0},
+        {"pixel_values": Image.new("L", (8, 8))},
+    ],
+)
+def test_rows_without_a_picture_or_a_label_are_refused(row):
+    """A model's own pixels, as an image processor makes them, a gap, and a row of another maker's."""
+    whole = {"pixel_values": Image.new("L", (8, 8)), "labels": 0}
+    with pytest.raises(
+        ValueError, match=r"^a row holds pixel_values \(.*\), and not a picture as pixel_values, and labels: pass"
+    ):
+        ImageCollator(PROCESSOR)([whole, row])
+
+
+@pytest.mark.parametrize("label", [3, -1, -100, None])
+def test_a_picture_s_label_that_the_task_has_not_is_refused(label, tmp_path):
+    """Before training: -100 was passed over by the loss without a word."""
+    rows, args = tiny.pictures(6), DefenseConfig(str(tmp_path), use_cpu=True, report_to="none")
+    bad = rows.remove_columns("label").add_column("label", [*rows["label"][:5], label])
+    line = f"^label is {label} in a row, and the task has 3 labels: number them 0 to 2, or leave such rows out"
+    with pytest.raises(ValueError, match=line):
+        DefenseTrainer(tiny.resnet(), args, train_dataset=bad, processing_class=PROCESSOR)
+    trainer = DefenseTrainer(tiny.resnet(), args, train_dataset=rows, processing_class=PROCESSOR)
+    with pytest.raises(ValueError, match=line):
+        trainer.evaluate(bad)
+
+
 # ---- Augmentation ----
 
 
