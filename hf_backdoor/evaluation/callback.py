@@ -40,7 +40,7 @@ class BackdoorEvaluationCallback(TrainerCallback):
         triggers (`list[Trigger]` or `list[ImageTrigger]`): Stamped into the rows whose right answer is not the target.
         target (`int` or `str`): Target label, or target text.
         tokenizer (`Processor`, *optional*): Tokenizer or image processor; the trainer's by default.
-        options: `max_new_tokens`, `batch_size` and `bf16` of [`evaluate_backdoor`].
+        max_new_tokens, batch_size, bf16: As in [`evaluate_backdoor`].
 
     Raises:
         `ValueError`: under FSDP or DeepSpeed, where no process holds the model, if what is trained is no model (a mask), or if it can't be
@@ -55,7 +55,10 @@ class BackdoorEvaluationCallback(TrainerCallback):
         triggers: list[Trigger] | list[ImageTrigger],
         target: int | str,
         tokenizer: Processor | None = None,
-        **options: Any,
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        bf16: bool = False,
     ):
         engine = trainer.accelerator.distributed_type
         if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -74,10 +77,10 @@ class BackdoorEvaluationCallback(TrainerCallback):
         bounded = getattr(trainer, "bounded", None)
         rows = clean if bounded is None else bounded(clean, self.tokenizer)
         self.test = TestSet.stamped(rows, task, triggers, target, trainer.args.seed)
-        self.options = options
-        sizes = {name: options[name] for name in ("batch_size", "max_new_tokens") if name in options}
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self.options = {**sizes, "bf16": bf16}
         refuse_unmeasurable(self._model(), task, self.test, **sizes)
-        self._refuse_longer(sizes.get("max_new_tokens", 64) if isinstance(task, InstructionFollowing) else 0)
+        self._refuse_longer(max_new_tokens if isinstance(task, InstructionFollowing) else 0)
         # Step of the last evaluation, and the metrics' names of those that have gone into it.
         self._measured_at: tuple[int, set[frozenset[str]]] = (-1, set())
 

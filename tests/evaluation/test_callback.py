@@ -154,6 +154,8 @@ def test_what_the_first_evaluation_would_refuse_is_refused_before_training(train
     callback()
     with pytest.raises(ValueError, match="^batch_size is 0: it must be at least 1$"):
         callback(batch_size=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_token'"):
+        callback(max_new_token=8)
     if not generates:  # a Llama computes its positions
         rows = rows.map(lambda row: {"text": " ".join(["bad"] * 600)})
         with pytest.raises(ValueError, match="^a row has 60[1-3] tokens, and the model positions for"):
