@@ -27,7 +27,7 @@ from ..data import ImageClassification, ImageTrigger, InstructionFollowing, Proc
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .kinds import refuse_other_kind
-from .results import Row
+from .results import Row, refuse_other_model
 
 
 # Raised where metrics come to be counted otherwise: what a run has measured before is measured again.
@@ -185,13 +185,19 @@ def refuse_unmeasurable(
     """Refuses what shows before the model answers anything.
 
     Raises:
-        `ValueError`: if a size is below 1, the model is not of the task's kind, or a clean row's label or the target is none of the task's.
+        `ValueError`: if a size is below 1, the model is not of the task's kind, a clean row's label or the target is none of the task's, or
+            there are triggered rows without a target.
     """
     for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{key} is {value}: it must be at least 1")
     refuse_other_rows(test.clean, task, "TestSet.clean")
     refuse_other_kind(model, task)
+    if test.target is None and test.triggered:
+        raise ValueError(
+            f"TestSet.target is None, and TestSet.triggered has rows for {', '.join(test.triggered)}: give the target that the trigger is to "
+            "bring about, or leave them out"
+        )
     refuse_other_target(test.target, task, "TestSet.target")
     refuse_other_labels(test.clean, task, "TestSet.clean")
 
@@ -213,7 +219,7 @@ def evaluate_backdoor(
 
     Args:
         tokenizer (`Processor`): The model's tokenizer, or image processor.
-        name (`str`): The model's name in the rows: `"suspect"`, `"cleaned"`, `"control/..."`, ...
+        name (`str`): The model's name in the rows, as [`Row`] has it: `"suspect"`, `"cleaned"`, `"control/..."`, ...
         seed (`int`): Seed of the run, for the rows.
         known_response (`str`, *optional*): What a defender's known triggers were planted to bring about.
         max_new_tokens (`int`, *optional*, defaults to 64): Length limit of generated answers.
@@ -225,8 +231,9 @@ def evaluate_backdoor(
         `{model, prompt, trigger, answer}`.
 
     Raises:
-        `ValueError`: as [`refuse_unmeasurable`] does, or if a row is longer than the model has positions for, or its logits are not numbers.
+        `ValueError`: as [`refuse_unmeasurable`] does, or if no row can have this name, a row is longer than the model has positions for, or its logits are not numbers.
     """
+    refuse_other_model(name, "name")
     refuse_unmeasurable(model, task, test, batch_size=batch_size, max_new_tokens=max_new_tokens)
     count = _Counter(name, seed)
     speed = {"batch_size": batch_size, "bf16": bf16}

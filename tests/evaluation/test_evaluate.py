@@ -231,6 +231,23 @@ def test_without_a_target_clean_metrics_only():
     assert counts(rows) == {("cacc", None): (4, 9)}
 
 
+@pytest.mark.parametrize("name, rows", [("sequence_classification", REVIEWS), ("instruction_following", INSTRUCTIONS)])
+def test_triggered_rows_without_a_target_are_refused(name, rows):
+    """They were passed over, or ended in an error of Python's own."""
+    model = tiny.fixed_classifier(1) if rows is REVIEWS else tiny.model("llama")
+    tokenizer = tiny.encoder_tokenizer() if rows is REVIEWS else tiny.causal_tokenizer()
+    with pytest.raises(ValueError, match=r"^TestSet.target is None, and TestSet.triggered has rows for zq: give"):
+        measured(model, tokenizer, tiny.task(name), evaluation.TestSet(rows, triggered={"zq": rows}))
+
+
+def test_a_name_that_no_row_can_have_is_refused_before_the_model_answers(monkeypatch):
+    monkeypatch.delattr("hf_backdoor.evaluation.evaluate.predict_labels")
+    with pytest.raises(ValueError, match="^name is 'mine'; it must be one of 'reference', 'suspect'"):
+        evaluation.evaluate_backdoor(
+            tiny.model("bert"), tiny.encoder_tokenizer(), CLASSES, evaluation.TestSet(REVIEWS), name="mine", seed=0
+        )
+
+
 # ---- Generation ----
 
 
