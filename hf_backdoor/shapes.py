@@ -1,15 +1,17 @@
 """The models of a run as shapes, without weights."""
 
+import copy
 from dataclasses import fields
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .defenses.robustkd import RobustKDTrainer
 from .defenses.robustkd.students import layers_of_stages
 from .estimate import ModelShape
 from .models import load_config
-from .plan import Stage
+from .plan import Stage, lora_arguments
 from .recipe import Recipe
 
 
@@ -23,6 +25,7 @@ class Models:
 
     def __init__(self, recipe: Recipe, labels: int | None = None):
         self.recipe = recipe
+        self._adapter_sizes: dict[PreTrainedModel, int] = {}
         self.labels = labels if recipe.task_class.has_head else None
         config = load_config(recipe.model_name_or_path, revision=recipe.model_revision)
         self.suspect = self.student = self._made(config)
@@ -49,14 +52,12 @@ class Models:
         return self.student if of_the_student else self.suspect
 
     def adapter_size(self, model: PreTrainedModel) -> int:
-        """Parameters of the recipe's adapter; "all-linear" leaves the head out."""
-        targets, rank = self.recipe.lora_target_modules, self.recipe.lora_r
-        return sum(
-            rank * (module.in_features + module.out_features)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-            and ("layer" in name if targets == "all-linear" else name.rpartition(".")[2] in targets)
-        )
+        """Parameters that the recipe's adapter trains, and a classification head that it trains along: as peft makes it."""
+        if model not in self._adapter_sizes:  # a second and more for 8B, and each stage asks
+            with torch.device("meta"):
+                adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**lora_arguments(self.recipe)))
+            self._adapter_sizes[model] = adapted.get_nb_trainable_parameters()[0]
+        return self._adapter_sizes[model]
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

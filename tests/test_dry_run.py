@@ -5,14 +5,18 @@ import json
 import pytest
 import tiny
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from hf_backdoor.cli import accelerate_settings
 from hf_backdoor.defenses import DefenseConfig
 from hf_backdoor.dry_run import describe_run, engine_of, engine_of_settings
 from hf_backdoor.estimate import Engine
+from hf_backdoor.plan import lora_arguments
+from hf_backdoor.recipe import Recipe
 from hf_backdoor.recipe_file import make_recipe
 from hf_backdoor.rows import prepare_rows
 from hf_backdoor.run import Run
+from hf_backdoor.shapes import Models
 
 
 @pytest.mark.parametrize(
@@ -144,3 +148,25 @@ def test_a_row_that_the_run_refuses_is_refused_wherever_it_stands(where, spoilt,
             "clean_fraction": 1 / 19,
         }
         assert "stage    suspect" in describe_run(make_recipe(settings | alone))
+
+
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        ("bert", "all-linear"),
+        ("llama", "all-linear"),
+        ("gpt2", "all-linear"),
+        ("gpt2", ["c_attn"]),
+        ("llama", ["self_attn.q_proj"]),
+    ],
+)
+def test_an_adapter_is_as_large_as_the_one_that_is_trained(family, targets, tmp_path):
+    """GPT-2's layers are no `nn.Linear`, and names may have dots: nothing was counted of them."""
+    task = "sequence_classification" if family == "bert" else "instruction_following"
+    recipe = Recipe(
+        tiny.saved(family, tmp_path), task, "rows", "run", use_peft=True, lora_r=3, lora_target_modules=targets
+    )
+    models = Models(recipe, 2)
+    trained = get_peft_model(tiny.model(family), LoraConfig(**lora_arguments(recipe)))
+    assert models.adapter_size(models.suspect) == trained.get_nb_trainable_parameters()[0] > 0
+    assert not any("lora" in name for name, _ in models.suspect.named_parameters())
