@@ -77,6 +77,20 @@ def test_a_folder_that_is_not_there_is_refused_before_training(stage, argument, 
             make(NAME, stage, tmp_path, **{argument: folder})
 
 
+@pytest.mark.parametrize(
+    "argument, wish, file",
+    [
+        ("found_triggers", "searched_triggers", "found_triggers.json"),
+        ("found_soft_triggers", "soft_triggers", "soft_triggers.safetensors"),
+        ("found_answers", "own_answers", "own_answers.safetensors"),
+    ],
+)
+def test_a_folder_in_which_nothing_was_found_is_refused_by_name(argument, wish, file, tmp_path):
+    """It ended in an error of the system's, or of safetensors', and `found_triggers="cf"` is such a folder."""
+    with pytest.raises(ValueError, match=f"^{argument} is 'cf', where no {file} is: pass the folder that"):
+        tiny.trainer("sequence_classification", "recover", tmp_path, **{wish: 1, argument: "cf"})
+
+
 def test_a_teacher_that_would_not_be_asked_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^teacher_model is given, and stages is .*: leave it out, or set stages"):
         tiny.trainer("label_words", "mbtsad", tmp_path, teacher_model=tiny.model("llama", 7))

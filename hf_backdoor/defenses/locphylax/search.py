@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ...data import Trigger, row_rng
 from ..divergence import sound_attention
-from ..reading import PLACES, Tokens, TriggerSearcher
+from ..reading import PLACES, Tokens, TriggerSearcher, found_file
 from .config import LocphylaxConfig
 
 
@@ -50,7 +50,12 @@ class FoundTriggers(list[str]):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "FoundTriggers":
-        return cls(json.loads(Path(folder, FOUND_FILE).read_text(encoding="utf-8")))
+        """What [`save_pretrained`] wrote.
+
+        Raises:
+            `ValueError`: if it is not there.
+        """
+        return cls(json.loads(found_file(folder, FOUND_FILE, "found_triggers").read_text(encoding="utf-8")))
 
 
 class TriggerSearchTrainer(TriggerSearcher):

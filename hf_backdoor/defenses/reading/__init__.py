@@ -5,7 +5,7 @@ from ..method import Step
 from .answers import OwnAnswers, OwnAnswersTrainer
 from .config import ReadingConfig
 from .informed import InformedTrainer
-from .reader import SuspectReader
+from .reader import SuspectReader, found_file
 from .searcher import PLACES, Tokens, TriggerSearcher
 from .soft import SoftTriggers, SoftTriggerTrainer
 
@@ -30,4 +30,5 @@ __all__ = [
     "SuspectReader",
     "Tokens",
     "TriggerSearcher",
+    "found_file",
 ]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ...data import InstructionFollowing
 from .config import ReadingConfig
-from .reader import SuspectReader
+from .reader import SuspectReader, found_file
 
 
 ANSWERS_FILE = "own_answers.safetensors"
@@ -58,7 +58,12 @@ class OwnAnswers:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "OwnAnswers":
-        return cls(**load_file(Path(folder, ANSWERS_FILE)))
+        """What [`save_pretrained`] wrote.
+
+        Raises:
+            `ValueError`: if it is not there.
+        """
+        return cls(**load_file(found_file(folder, ANSWERS_FILE, "found_answers")))
 
 
 def aligned(answers: OwnAnswers, right: Tensor) -> OwnAnswers:

@@ -1,6 +1,7 @@
-"""[`SuspectReader`]: a stage that reads something off a suspect, and trains nothing."""
+"""[`SuspectReader`]: a stage that reads something off a suspect, and trains nothing; and where what it found lies."""
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -92,3 +93,17 @@ class SuspectReader(DefenseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
             self.found.save_pretrained(output_dir or self.args.output_dir)
+
+
+def found_file(folder: str | Path, name: str, argument: str) -> Path:
+    """The file in which a folder keeps what was found.
+
+    Raises:
+        `ValueError`: if it is not there.
+    """
+    file = Path(folder, name)
+    if not file.is_file():
+        raise ValueError(
+            f"{argument} is {str(folder)!r}, where no {name} is: pass the folder that the trainer which found them has saved, or its found"
+        )
+    return file

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...data import Trigger, row_rng
 from ..divergence import sound_attention
 from .config import ReadingConfig
+from .reader import found_file
 from .searcher import PLACES, TriggerSearcher
 
 
@@ -99,7 +100,12 @@ class SoftTriggers:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SoftTriggers":
-        return cls(load_file(Path(folder, SOFT_FILE))["embeddings"])
+        """What [`save_pretrained`] wrote.
+
+        Raises:
+            `ValueError`: if it is not there.
+        """
+        return cls(load_file(found_file(folder, SOFT_FILE, "found_soft_triggers"))["embeddings"])
 
 
 class SoftTriggerTrainer(TriggerSearcher):
