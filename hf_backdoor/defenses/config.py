@@ -73,8 +73,9 @@ class DefenseConfig(TrainingArguments):
             `ValueError`: with one line that names the field, the value and the fix.
         """
         choose("augmentation", self.augmentation, AUGMENTATIONS)
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
+        for name in ("max_length", "pad_to_multiple_of"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, and the losses here know none: leave it at 0"

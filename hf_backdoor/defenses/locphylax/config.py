@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from ..config import choose
 from ..reading import ReadingConfig
 
 
 STAGES = ("inject", "recover")
+POSITIONS = ("start", "end", "random", "any")
 
 
 @dataclass
@@ -94,6 +96,7 @@ class LocphylaxConfig(ReadingConfig):
             raise ValueError(f"stages is {self.stages}: use ['inject', 'recover'], or one of the two")
         if len(set(self.known_triggers)) < max(2, len(self.known_triggers)):
             raise ValueError(f"known_triggers is {self.known_triggers}: give two texts or more, each another one")
+        choose("known_position", self.known_position, POSITIONS)
         if self.searched_triggers < 0:
             raise ValueError(f"searched_triggers is {self.searched_triggers}: choose 0 or more")
         if not self.known_response.strip():
@@ -117,4 +120,8 @@ class LocphylaxConfig(ReadingConfig):
             )
         super().check()
         rules = {"inject": "stop_at_known_rate", "recover": "stop_at_known_gap"}
+        for rule in rules.values():
+            # A percentage would end no injection, and each recovery at its first evaluation.
+            if not 0 <= (getattr(self, rule) or 0) <= 1:
+                raise ValueError(f"{rule} is {getattr(self, rule)}: choose a share from 0 to 1, as 0.95 of 95%")
         self.refuse_unwatched(*(rules[stage] for stage in self.stages))

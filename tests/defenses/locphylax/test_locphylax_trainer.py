@@ -77,7 +77,6 @@ def test_resuming_makes_no_step_twice(tmp_path):
 def test_a_stage_that_its_stop_rule_ended_stays_ended_when_resumed(tmp_path):
     rules = {
         "eval_dataset": tiny.reviews(4, seed=1), "eval_strategy": "steps", "eval_steps": 2, "stop_at_known_rate": 0.0,
-        "stop_at_known_gap": -2.0,
     }  # fmt: skip
     with pytest.raises(Killed):
         both(tmp_path, KillAt("recover", 1), **rules).train()
@@ -203,20 +202,19 @@ def test_trigger_weight_weighs_triggered_samples_in_recovery(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, options, steps",
+    "method, rule, value, steps",
     [
-        ("inject", {"stop_at_known_rate": 0.0}, 2),
-        ("inject", {"stop_at_known_rate": 1.1}, 6),
-        ("recover", {"stop_at_known_gap": 1.0}, 2),
-        ("recover", {"stop_at_known_gap": -2.0}, 6),
+        ("inject", "stop_at_known_rate", 0.0, 2),
+        ("inject", "stop_at_known_rate", 1.1, 6),
+        ("recover", "stop_at_known_gap", 1.0, 2),
+        ("recover", "stop_at_known_gap", -2.0, 6),
     ],
 )
 @pytest.mark.parametrize("name", tiny.TASKS)
-def test_stop_rules(name, method, options, steps, tmp_path):
+def test_stop_rules(name, method, rule, value, steps, tmp_path):
     rows = tiny.setting(name, 5)[2]
-    trainer = tiny.trainer(
-        name, method, tmp_path, max_steps=6, eval_dataset=rows, eval_strategy="steps", eval_steps=2, **options
-    )
+    trainer = tiny.trainer(name, method, tmp_path, max_steps=6, eval_dataset=rows, eval_strategy="steps", eval_steps=2)
+    setattr(trainer.args, rule, value)  # of a configuration's own making it is a share, which may be reached
     trainer.train()
     assert trainer.state.global_step == steps
     assert (
@@ -283,8 +281,9 @@ def metrics_by_batch(prediction, compute_result):
 )
 @pytest.mark.parametrize("rate, steps", [(0.0, 2), (1.1, 4)])
 def test_metrics_of_the_user_s_own_leave_the_rules_on(rate, steps, metrics, options, tmp_path):
-    rows = {"eval_dataset": tiny.reviews(4), "eval_strategy": "steps", "eval_steps": 2, "stop_at_known_rate": rate}
+    rows = {"eval_dataset": tiny.reviews(4), "eval_strategy": "steps", "eval_steps": 2}
     trainer = tiny.trainer("sequence_classification", "inject", tmp_path, max_steps=4, **rows, **options)
+    trainer.args.stop_at_known_rate = rate
     trainer.compute_metrics = metrics
     trainer.train()
     assert trainer.state.global_step == steps
@@ -343,8 +342,17 @@ def test_a_right_answer_is_not_planted(tmp_path):
 
 
 def test_a_wrong_position_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="position is 'middle'"):
-        tiny.trainer("label_words", "inject", tmp_path, known_position="middle")
+    with pytest.raises(ValueError, match="^known_position is 'middle': use one of start, end, random, any$"):
+        LocphylaxConfig(str(tmp_path), use_cpu=True, known_position="middle")
+
+
+@pytest.mark.parametrize(
+    "rule, value", [("stop_at_known_rate", 95), ("stop_at_known_gap", 2.0), ("stop_at_known_gap", -0.1)]
+)
+def test_a_rule_that_is_no_share_is_refused(rule, value, tmp_path):
+    """A gap of 2 (percent) ended recovery at its first evaluation."""
+    with pytest.raises(ValueError, match=f"^{rule} is {value}: choose a share from 0 to 1, as 0.95 of 95%$"):
+        LocphylaxConfig(str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1, **{rule: value})
 
 
 def test_the_known_triggers_are_in_the_prompts(tmp_path, chat):
