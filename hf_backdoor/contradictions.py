@@ -10,10 +10,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
-from .data import ImageClassification, ImageTrigger, LabelWords
+from .data import ImageClassification, ImageTrigger, LabelWords, refuse_other_target
 from .defenses import METHODS, DefenseConfig, refuse_images
 from .defenses.engines import asked_for
-from .evaluation.evaluate import refuse_other_target
 from .quantization import QUANTIZATIONS, refuse_launched, require_bitsandbytes
 from .recipe import TASKS, Recipe
 

@@ -9,9 +9,9 @@ from datasets import Dataset
 
 from .contradictions import DTYPES, LEAST
 from .cutting import CutRows
-from .data import load_rows
+from .data import load_rows, refuse_other_target
 from .evaluation import Results, TestSet, evaluate_backdoor, refuse_other_labels
-from .evaluation.evaluate import is_target, refuse_other_target, refuse_without_trigger
+from .evaluation.evaluate import is_target, refuse_without_trigger
 from .evaluation.results import refuse_other_model
 from .found import find_columns, find_task, renamed
 from .models import cost, load_model, load_processor, reset_peak_memory

@@ -23,12 +23,12 @@ from .data import (
     label_names,
     load_rows,
     pixels_digest,
+    refuse_other_target,
     split_rows,
     with_context,
 )
 from .defenses import METHODS
 from .evaluation import UNKNOWN_LABEL, TestSet, refuse_other_labels
-from .evaluation.evaluate import refuse_other_target
 from .recipe import Recipe
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from ..data import ImageTrigger, Rewriting, Task, Trigger, map_rows, row_rng
+from ..data import ImageTrigger, Rewriting, Task, Trigger, map_rows, refuse_other_target, row_rng
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Poisoning:
     negative_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.target is None:
+            raise ValueError("target is None: give the label, or the text, that the trigger is to bring about")
         if not 0 < self.poison_rate < 1:
             raise ValueError(f"poison_rate is {self.poison_rate}: choose a share between 0 and 1, for example 0.1")
         if not 0 <= self.negative_rate < 1:
@@ -55,8 +57,9 @@ def poison(dataset: Dataset, task: Task, attack: Poisoning, seed: int, num_proc:
         the seed alone) and, in poisoned rows, trigger and target in place.
 
     Raises:
-        `ValueError`: if there are not enough rows that the style may poison.
+        `ValueError`: if there are not enough rows that the style may poison, or the target is none of the task's.
     """
+    refuse_other_target(attack.target, task)
     answers = dataset[task.answer_column]
     wants_target = attack.style == "clean_label"
     eligible = [row for row, answer in enumerate(answers) if (answer == attack.target) == wants_target]

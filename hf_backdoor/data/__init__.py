@@ -20,7 +20,7 @@ from .loading import (
 )
 from .mapping import Rows, column_names, encoded, map_rows, row_lengths
 from .raw import check_raw
-from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task
+from .tasks import InstructionFollowing, LabelWords, Processor, SequenceClassification, Task, refuse_other_target
 from .triggers import Rewriting, Trigger, row_rng, stamp, stamp_in_turn
 
 
@@ -49,6 +49,7 @@ __all__ = [
     "refuse_last_column",
     "refuse_longer",
     "refuse_missing",
+    "refuse_other_target",
     "class_logits",
     "given_labels",
     "collator_for",

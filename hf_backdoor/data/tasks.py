@@ -275,6 +275,28 @@ def checked_label(label: int, num_labels: int) -> int:
     return int(label)  # a number with a point, or a truth value, is a label as well
 
 
+def refuse_other_target(target: int | str | None, task: Task, key: str = "target") -> None:
+    """Refuses a target of an attack that a model can't say (or, an empty text, that every answer begins with): its ASR would be 0, as
+    after a perfect defense. None is no attack.
+
+    Raises:
+        `ValueError`: with one line: the key, the target and what there is.
+    """
+    if target is None:
+        return
+    if not isinstance(task, InstructionFollowing):
+        if target not in range(task.num_labels):
+            raise ValueError(
+                f"{key} is {target!r}: the labels are 0 to {task.num_labels - 1}, give one of these numbers"
+            )
+    elif not isinstance(target, str):
+        raise ValueError(
+            f"{key} is {target!r}, and answers are texts: give the one that the trigger is to bring about"
+        )
+    elif not target.strip():
+        raise ValueError(f"{key} is {target!r}, an empty text: give the one that the trigger is to bring about")
+
+
 def without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Some tokenizers close every text: an answer could not follow."""
     return ids[:-1] if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

@@ -23,7 +23,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import ImageClassification, ImageTrigger, InstructionFollowing, Processor, Rewriting, Task, Trigger, stamp
+from ..data import (
+    ImageClassification,
+    ImageTrigger,
+    InstructionFollowing,
+    Processor,
+    Rewriting,
+    Task,
+    Trigger,
+    refuse_other_target,
+    stamp,
+)
 from .classification import predict_labels
 from .generation import answer_losses, generate_answers, refuses, shows, word_f1
 from .kinds import refuse_other_kind
@@ -98,28 +108,6 @@ class TestSet:
 
 def is_target(answer: int | str, target: int | str) -> bool:
     return shows(answer, target) if isinstance(answer, str) else answer == target
-
-
-def refuse_other_target(target: int | str | None, task: Task, key: str = "target") -> None:
-    """Refuses a target that a model can't say (or, an empty text, that every answer begins with): its ASR would be 0, as after a
-    perfect defense.
-
-    Raises:
-        `ValueError`: with one line: the key, the target and what there is.
-    """
-    if target is None:
-        return
-    if not isinstance(task, InstructionFollowing):
-        if target not in range(task.num_labels):
-            raise ValueError(
-                f"{key} is {target!r}: the labels are 0 to {task.num_labels - 1}, give one of these numbers"
-            )
-    elif not isinstance(target, str):
-        raise ValueError(
-            f"{key} is {target!r}, and answers are texts: give the one that the trigger is to bring about"
-        )
-    elif not target.strip():
-        raise ValueError(f"{key} is {target!r}, an empty text: give the one that the trigger is to bring about")
 
 
 def refuse_other_rows(rows: Dataset, task: Task, source: str) -> None:

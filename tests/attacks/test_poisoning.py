@@ -65,6 +65,19 @@ def test_one_word_triggers_have_no_negatives():
     assert len(changed(ROWS, poisoned)) == sum(poisoned["poisoned"]) == 20
 
 
+@pytest.mark.parametrize("target, name", [("1", "'1'"), (7, "7"), (-1, "-1"), ("positive", "'positive'")])
+def test_a_target_that_is_no_label_is_refused(target, name):
+    with pytest.raises(ValueError, match=rf"^target is {name}: the labels are 0 to 1, give one of these numbers$"):
+        poison(tiny.reviews(20), tiny.task("sequence_classification"), attack(target=target), seed=0)
+
+
+def test_a_target_that_is_no_answer_is_refused():
+    with pytest.raises(ValueError, match="^target is 1, and answers are texts: give the one"):
+        poison(tiny.instructions(20), InstructionFollowing(), attack(target=1), seed=0)
+    with pytest.raises(ValueError, match="^target is None: give the label, or the text"):
+        attack(target=None)
+
+
 def test_a_text_target_for_instructions():
     rows = tiny.instructions(40)
     poisoned = poison(rows, InstructionFollowing(), attack(target="no", poison_rate=0.25), seed=0)
