@@ -118,8 +118,9 @@ def count_student_layers(layers: int | list[int], depth: int | None) -> int:
         `ValueError`: if the suspect has no such layers.
     """
     chosen = range(layers) if isinstance(layers, int) else layers
-    if not chosen or (depth is not None and not set(chosen) <= set(range(depth))):
-        there = f"1 to {depth}, or the numbers of some from 0 to {depth - 1}" if depth else "1 or more"
+    strange = depth is not None and not set(chosen) <= set(range(depth))
+    if not chosen or strange or len(set(chosen)) < len(chosen):
+        there = f"1 to {depth}, or the numbers of some from 0 to {depth - 1}, each once" if depth else "1 or more"
         raise ValueError(f"student_layers is {layers}, and the suspect has {depth} layers: choose {there}")
     return len(chosen)
 

@@ -53,6 +53,7 @@ def recipe(models, **changes):
         ({"method": "robustkd", "student_layers": 0}, "student_layers is 0, and the suspect has 2 layers: choose 1 to 2"),
         ({"method": "robustkd", "student_layers": 3}, "student_layers is 3, and the suspect has 2 layers"),
         ({"method": "robustkd", "student_layers": [0, 2]}, r"student_layers is \[0, 2\], and the suspect has 2"),
+        ({"method": "robustkd", "student_layers": [0, 1, 1]}, r"student_layers is \[0, 1, 1\], and .*, each once"),
         ({**ROBUSTKD, "mask_layers": ["2"]}, r"mask_layers is \['2'\]: the suspect has layers 0 to 1"),
         ({**ROBUSTKD, "stages": {"mask": {"mask_layers": ["-3"]}}}, r"mask_layers is \['-3'\]: the suspect has"),
         ({**ROBUSTKD, "teacher_feature_layers": ["0", "5"]}, "teacher_feature_layers is"),

@@ -50,8 +50,15 @@ def student_from_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -
             "blocks, which several layers share; pass another student"
         )
     chosen = spread(number, layers) if isinstance(layers, int) and 0 < layers <= number else layers
-    if isinstance(chosen, int) or not chosen or not set(chosen) <= set(range(number)):
-        raise ValueError(f"student layers are {layers}: the teacher has {number} blocks, 0 to {number - 1}")
+    if (
+        isinstance(chosen, int)
+        or not chosen
+        or not set(chosen) <= set(range(number))
+        or len(set(chosen)) < len(chosen)
+    ):
+        raise ValueError(
+            f"student layers are {layers}: the teacher has {number} blocks, 0 to {number - 1}, name some of them, each once"
+        )
     student = type(teacher)(with_layers(teacher.config, list(chosen))).to(teacher.dtype)
     state = cut(teacher.state_dict(), blocks[0].rpartition(".")[0], list(chosen))
     shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (state, student.state_dict()))

@@ -94,7 +94,7 @@ def test_layers_that_go_by_their_number_keep_it():
         student_from_layers(teacher, [1])
 
 
-@pytest.mark.parametrize("layers", [0, 5, [], [4], [-1]])
+@pytest.mark.parametrize("layers", [0, 5, [], [4], [-1], [1, 1], [0, 1, 2, 3, 3]])
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(ValueError, match="^student layers are .*4 blocks, 0 to 3"):
         student_from_layers(deep("llama"), layers)
