@@ -163,6 +163,10 @@ def check_options(options: Namespace) -> None:
                 )
     elif options.target_label is None and options.target_text is None:
         raise ValueError("a trigger without a target: give --target_label or --target_text")
+    if options.target_label is not None and options.target_text is not None:
+        raise ValueError(
+            f"--target_label is {options.target_label}, and --target_text is {options.target_text!r}: give the one that the model answers with"
+        )
     if options.position is not None and options.trigger is None:
         raise ValueError(
             f"--position is {options.position!r} without --trigger, whose it is: give that, or leave it out"

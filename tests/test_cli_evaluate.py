@@ -120,6 +120,10 @@ def test_a_report_of_an_evaluation_names_no_recipe_to_run(classifier, reviews, t
         (["--trigger", " ", "--target_label", "1"], "trigger text"),
         (["--trigger", "", "--target_label", "1"], "trigger text"),
         (["--trigger", ""], "--target_label"),
+        (
+            ["--trigger", "zq", "--target_label", "1", "--target_text", "good"],
+            "--target_label is 1, and --target_text is 'good': give the one",
+        ),
         (["--trigger", "zq", "--target_label", "7"], "--target_label is 7: the labels are 0 to 1"),
         (["--trigger", "zq", "--target_label", "-1"], "--target_label is -1: the labels are 0 to 1"),
     ],
