@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer_utils import HubStrategy
 
 from ..data import Task, auto_class, base_model, encoded, reads_both_ways, row_lengths
 from ..data.collators import padding_id
@@ -49,7 +50,7 @@ def check_arguments(
     peft_config: PeftConfig | None,
     others: dict[str, Any],
 ) -> None:
-    """Before anything is made of them.
+    """Before anything is made of them, a repository on the Hub included.
 
     Args:
         trainer ([`DefenseTrainer`]): Not more than its class is read.
@@ -64,6 +65,10 @@ def check_arguments(
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy is {args.hub_strategy.value!r}, and checkpoints hold pickles, which are never uploaded: use 'end'"
         )
     for name, instead in (NOT_READ if trainer.takes_teacher else NOT_READ | NO_TEACHER).items():
         if others.get(name) is not None:

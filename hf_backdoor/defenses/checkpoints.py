@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data import base_model
@@ -77,13 +77,6 @@ class CheckpointTrainer(Trainer):
         config.use_cache = self.args.use_cache
         # A pickle, which nothing reads: it has no place beside weights that are safetensors for a reason.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy is {self.args.hub_strategy.value!r}, and checkpoints hold pickles, which are never uploaded: use 'end'"
-            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's own pickles its arguments, `hub_token` among them, into the folder that it uploads.

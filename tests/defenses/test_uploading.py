@@ -30,6 +30,8 @@ def test_what_is_uploaded_holds_no_checkpoint_and_no_pickle(tmp_path, monkeypatc
 
 
 def test_checkpoints_are_not_for_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, **options: None)
+    made = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, **options: made.append(trainer))
     with pytest.raises(ValueError, match="hub_strategy is 'checkpoint', and checkpoints hold pickles"):
         tiny.trainer("label_words", "plain", tmp_path, push_to_hub=True, hub_strategy="checkpoint")
+    assert not made  # no repository is left on the Hub
