@@ -166,7 +166,7 @@ def stages_to_launch(settings: dict[str, Any], recipe: Path, overrides: list[str
     """Arguments of each launch. Engines that share a model out get one for each training, so that none of them inherits memory
     or settings of the one before, and a last one that measures; others get one for all."""
     from .dry_run import engine_of_settings, refuse_quantized
-    from .folders import recipe_is
+    from .folders import STAGE, recipe_is
     from .plan import plan
     from .recipe_file import load_recipe
     from .run import UNTIL
@@ -177,7 +177,7 @@ def stages_to_launch(settings: dict[str, Any], recipe: Path, overrides: list[str
     refuse_quantized(loaded.quantization, engine_of_settings(settings))
     folders = [stage.folder for stage in plan(loaded)]
     known = recipe_is(Path(loaded.output_dir), loaded)  # else all may have changed
-    return [[UNTIL, f] for f in folders if not (known and Path(loaded.output_dir, f, "stage.json").exists())] + [[]]
+    return [[UNTIL, f] for f in folders if not (known and Path(loaded.output_dir, f, STAGE).exists())] + [[]]
 
 
 def accelerate_settings(name: str, processes: int | None = None) -> tuple[Path, dict[str, Any]]:

@@ -21,8 +21,9 @@ from .recipe import Recipe
 
 logger = logging.get_logger(__name__)
 
-# What a stage's folder has in it from its first moment, and when it is done.
+# How a recipe begins that a run has written.
 WRITTEN = "# The recipe of this run, as hf-backdoor resolved it.\n"
+# What a stage's folder has in it from its first moment, and when it is done.
 BEGUN, STAGE = MARKS = ("begun.json", "stage.json")
 
 # Keys that may name what an earlier run has left in the same folder.
@@ -151,7 +152,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def main_process():
+def main_process() -> Iterator[bool]:
     """Yields whether this is the first process; the others wait until it is through."""
     state = PartialState()
     try:

@@ -32,6 +32,7 @@ from .evaluation import Results, Row, evaluate_backdoor
 from .evaluation.differences import as_json
 from .evaluation.evaluate import COUNTING
 from .folders import (
+    STAGE,
     alone_in,
     begin,
     fingerprint,
@@ -226,7 +227,7 @@ class Run:
             with main_process() as first:
                 if first:
                     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                    write_json(folder / "stage.json", done)
+                    write_json(folder / STAGE, done)
             del trainer, config
             gc.collect()
             forget_engine()

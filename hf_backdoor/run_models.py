@@ -13,7 +13,7 @@ from .adapters import find_adapter, save_adapter, stackable
 from .data import Processor, Task
 from .defenses import DefenseTrainer
 from .defenses.robustkd import student_from_layers
-from .folders import clear, fingerprint, finished, main_process, write_json
+from .folders import STAGE, clear, fingerprint, finished, main_process, write_json
 from .model_files import resolve, without_weights
 from .models import is_quantized, load_model, merged, save_model
 from .plan import Stage, base_model_name
@@ -81,7 +81,7 @@ class RunModels:
             if first and finished(folder, print_) is None:
                 clear(folder, made_from)
                 save_model(model(), self.processor, folder)
-                write_json(folder / "stage.json", {"fingerprint": print_})
+                write_json(folder / STAGE, {"fingerprint": print_})
 
     def load(self, name: str, quantization: str | None = None) -> PreTrainedModel:
         labels = getattr(self.task, "num_labels", None)

@@ -48,7 +48,7 @@ class Trigger:
             object.__setattr__(self, "name", self.text)
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Returns `text` with the trigger between two of its words; white space at the chosen gap becomes a space."""
+        """Returns `text` with the trigger between two of its words, at a space (line breaks and tabs are none); all else stays."""
         words = text.split(" ") if text else []
         if self.position == "scattered":
             for word in self.text.split():

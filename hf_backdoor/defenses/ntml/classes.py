@@ -48,7 +48,7 @@ def refuse_unfit(task: Task | None, num_labels: int) -> None:
 
 
 class ClassTrainer(DefenseTrainer):
-    """What both of NT-ML's trainers need: the K logits and the given label of each sample, and passes over all rows.
+    """What all of NT-ML's trainers need: the K logits and the given label of each sample, and passes over all rows.
 
     Rows may be images or anything else that the model takes: pass features (with `labels`) and a `data_collator`. Any
     model with `logits` and `hidden_states` will do.
