@@ -224,6 +224,7 @@ def test_evaluate_refuses_rows_without_right_labels(classifier, reviews, tmp_pat
         ["--clean", hidden] if which == "clean" else ["--clean", reviews, "--triggered", hidden, "--target_label", "1"]
     )
     output = tmp_path / "results.json"
+    capsys.readouterr()  # the bars of the rows above
     assert main(["evaluate", classifier, *files, "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert f"--{which} {hidden!r} has label -1" in error and error.count("\n") == 1
