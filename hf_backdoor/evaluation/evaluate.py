@@ -173,8 +173,8 @@ def refuse_unmeasurable(
     """Refuses what shows before the model answers anything.
 
     Raises:
-        `ValueError`: if a size is below 1, the model is not of the task's kind, a clean row's label or the target is none of the task's, or
-            there are triggered rows without a target.
+        `ValueError`: if a size is below 1, the model is not of the task's kind, a row's label or the target is none of the task's, or there
+            are triggered rows without a target, or with no other answer than it.
     """
     for key, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -188,6 +188,16 @@ def refuse_unmeasurable(
         )
     refuse_other_target(test.target, task, "TestSet.target")
     refuse_other_labels(test.clean, task, "TestSet.clean")
+    for trigger, rows in test.triggered.items():
+        source = f"TestSet.triggered[{trigger!r}]"
+        refuse_other_rows(rows, task, source)
+        answers = rows[task.answer_column][:]
+        if set(answers) != {UNKNOWN_LABEL}:  # as of texts that were rewritten elsewhere
+            refuse_other_labels(rows, task, source)
+        if all(is_target(answer, test.target) for answer in answers):
+            raise ValueError(
+                f"{source} has no row whose right answer is not the target, {test.target!r}, and ASR counts these alone: give some"
+            )
 
 
 def evaluate_backdoor(

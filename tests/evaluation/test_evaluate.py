@@ -240,6 +240,24 @@ def test_triggered_rows_without_a_target_are_refused(name, rows):
         measured(model, tokenizer, tiny.task(name), evaluation.TestSet(rows, triggered={"zq": rows}))
 
 
+@pytest.mark.parametrize(
+    "label, line",
+    [
+        (7, r"^TestSet.triggered\['zq'\] has label 7, and the labels are 0 to 1: give rows with right labels$"),
+        (
+            1,
+            r"^TestSet.triggered\['zq'\] has no row whose right answer is not the target, 1, and ASR counts these alone: give some$",
+        ),
+    ],
+)
+def test_triggered_rows_that_would_count_for_nothing_are_refused(label, line):
+    """Their robust accuracy was 0, or the line was 'n is 0' once the clean rows were measured."""
+    model, tokenizer = tiny.model("bert"), tiny.encoder_tokenizer()
+    rows = REVIEWS.select_columns(["text"]).add_column("label", [label] * len(REVIEWS))
+    with pytest.raises(ValueError, match=line):
+        measured(model, tokenizer, CLASSES, evaluation.TestSet(REVIEWS, 1, {"zq": rows}))
+
+
 def test_a_name_that_no_row_can_have_is_refused_before_the_model_answers(monkeypatch):
     monkeypatch.delattr("hf_backdoor.evaluation.evaluate.predict_labels")
     with pytest.raises(ValueError, match="^name is 'mine'; it must be one of 'reference', 'suspect'"):
