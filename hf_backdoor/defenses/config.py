@@ -73,7 +73,7 @@ class DefenseConfig(TrainingArguments):
             `ValueError`: with one line that names the field, the value and the fix.
         """
         choose("augmentation", self.augmentation, AUGMENTATIONS)
-        for name in ("max_length", "pad_to_multiple_of"):
+        for name in ("max_length", "pad_to_multiple_of", "dataset_num_proc"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.label_smoothing_factor:

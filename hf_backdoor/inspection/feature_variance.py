@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DefenseCollator, Task, check_raw, find_blocks
+from ..data import DefenseCollator, ImageClassification, Task, check_raw, find_blocks
 
 
 MEASURES = {
@@ -85,6 +85,10 @@ def feature_variance(
     """
     if not models:
         raise ValueError("models is empty: name one model or more")
+    if isinstance(task, ImageClassification):
+        raise ValueError(
+            "task is that of pictures, and variances are taken over a text's tokens: pass a task of texts"
+        )
     rows = []
     for texts_name, dataset in texts.items():
         if not len(dataset):

@@ -198,7 +198,7 @@ def test_max_length_is_refused_where_nothing_would_be_cut(tmp_path):
     pictures = {"max_length": 9, "task": ImageClassification(3), "train_dataset": tiny.pictures(8)}
     with pytest.raises(ValueError, match="^max_length is 9, and rows are pictures: leave it out$"):
         topics.trainer("images", "non_target", tmp_path, model=tiny.resnet(), **pictures)
-    for name, value in {"max_length": 0, "pad_to_multiple_of": -8}.items():
+    for name, value in {"max_length": 0, "pad_to_multiple_of": -8, "dataset_num_proc": -1}.items():
         with pytest.raises(ValueError, match=f"^{name} is {value}: it must be at least 1$"):
             tiny.trainer("label_words", "plain", tmp_path, **{name: value})
 

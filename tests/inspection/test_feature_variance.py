@@ -5,7 +5,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from hf_backdoor.data import DefenseCollator
+from hf_backdoor.data import DefenseCollator, ImageClassification
 from hf_backdoor.defenses.robustkd import FeatureMask
 from hf_backdoor.defenses.robustkd import losses as robustkd
 from hf_backdoor.inspection import feature_variance
@@ -97,6 +97,8 @@ def test_nothing_to_measure_is_refused():
         feature_variance({}, tiny.tokenizer(family), task, {"clean": rows})
     with pytest.raises(ValueError, match=r"^texts\['triggered'\] has no rows"):
         feature_variance({"a": tiny.model(family)}, tiny.tokenizer(family), task, {"triggered": rows.select([])})
+    with pytest.raises(ValueError, match="^task is that of pictures"):
+        feature_variance({"a": tiny.model(family)}, tiny.tokenizer(family), ImageClassification(2), {"clean": rows})
 
 
 @pytest.mark.parametrize("texts", [[1, 2], ["a film", None], [["a"], ["film"]]])
