@@ -117,13 +117,13 @@ def overview() -> str:
             accuracy = [mean(triggers, model, "cacc") for model in ("suspect", "cleaned")]
             right = ", ".join(map(percent, accuracy)) if None not in accuracy else "answers, no classes"
             suspect, without, cleaned, floor = map(percent, asr)
-            cleaned = f"**{cleaned}**" if asr[2] < asr[1] else cleaned
+            cleaned = f"**{cleaned}**" if asr[1] is not None and asr[2] < asr[1] else cleaned
             lines.append(f"| {title} | {where} | {shown} | {suspect} | {without} | {cleaned} | {floor} | {right} |")
     return "\n".join(lines) + "\n"
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.1f}"
 
 
 def mean(triggers: dict[str, list[Results]], model: str, metric: str) -> float | None:

@@ -176,7 +176,10 @@ def describe_devices(needs: list[StageNeeds], engine: Engine) -> list[str]:
         times.append(f"{gpu.name} {duration(seconds) if room else 'too small'}")
     share = f"{ASSUMED_UTILISATION:.0%} of the peak rate or as fast as the host launches"
     number = f"{engine.processes} x " if engine.processes > 1 else ""
-    return [*lines, f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models, and what is read off them, comes on top)"]
+    return [
+        *lines,
+        f"training {number}{', '.join(times)} (estimated, at {share}; measuring the models, and what is read off them, comes on top)",
+    ]
 
 
 def describe_disk(needs: list[StageNeeds], models: Models) -> str:

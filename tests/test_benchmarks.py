@@ -252,3 +252,12 @@ def test_a_control_over_fewer_seeds_than_its_cell_says_so(efficacy, monkeypatch)
     monkeypatch.setattr(efficacy.tables, "is_older", lambda *cell: False)
     written = efficacy.tables.table("ntml")
     assert "| control/fine_tuning (1 of 2 seeds) |" in written and "| suspect |" in written
+
+
+def test_the_overview_has_a_cell_without_its_plain_control(efficacy, monkeypatch):
+    models = ["reference", "suspect", "cleaned"]
+    rows = [efficacy.Row.from_counts(model=model, metric="asr", k=1, n=2, seed=1) for model in models]
+    cells = {"ntml": {"agnews_minilm": {"word": [Results(rows=rows)]}}}
+    monkeypatch.setattr(efficacy.tables, "cells_of", lambda method: cells.get(method, {}))
+    monkeypatch.setattr(efficacy.tables, "is_older", lambda *cell: False)
+    assert "| 50.0 | not measured | 50.0 | 50.0 |" in efficacy.tables.overview()
