@@ -81,10 +81,13 @@ def test_a_batch_s_losses_are_those_of_its_rows_and_what_is_trained_loads_as_it_
     assert tiny.largest_difference(before, tiny.parameters(made.model)) > 1e-4
     made.save_model(str(tmp_path))
     auto = AutoModelForSequenceClassification if head else AutoModelForCausalLM
-    ids = torch.tensor([made.train_dataset[0]["input_ids"]])
+    ids, loaded = torch.tensor([made.train_dataset[0]["input_ids"]]), auto.from_pretrained(tmp_path)
+    if family != "funnel":  # transformers takes the embedding of its padding for zero as it loads it
+        assert tiny.largest_difference(tiny.parameters(made.model), tiny.parameters(loaded)) == 0
     with torch.no_grad():
-        own, again = (model.eval()(input_ids=ids).logits for model in (made.model, auto.from_pretrained(tmp_path)))
-    assert torch.equal(own, again)
+        own, again = (model.eval()(input_ids=ids).logits for model in (made.model, loaded))
+    # What a head multiplies is summed in another order where loaded weights lie otherwise in memory, on some CPUs.
+    torch.testing.assert_close(own, again, rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_that_reads_padding_is_refused(tmp_path):
