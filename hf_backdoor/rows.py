@@ -274,11 +274,11 @@ def refuse_other_kinds(rows: Dataset, columns: dict[str, str], source: str) -> N
         `ValueError`: if a column of texts holds numbers, or any column lists, or values of several kinds.
     """
     for name, present in columns.items():
-        mixed = isinstance(rows.features[name], Json)
-        kind = "values of several kinds" if mixed else getattr(rows.features[name], "dtype", "lists")
-        if name != "image" and (
-            mixed or kind == "lists" or (name != "label" and kind not in ("string", "large_string", "null"))
-        ):
+        feature = rows.features[name]
+        kind = "values of several kinds" if isinstance(feature, Json) else getattr(feature, "dtype", "lists")
+        no_label = kind in ("lists", "values of several kinds")
+        no_text = kind not in ("string", "large_string", "null")
+        if name != "image" and (no_label if name == "label" else no_text):
             wanted = "whole numbers 0, 1, ..." if name == "label" else "text"
             raise ValueError(
                 f"{name}_column is {present!r}, which holds {kind} in {source!r}: make it {wanted}, or name another column"

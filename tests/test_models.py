@@ -369,7 +369,7 @@ def test_a_dequantized_gguf_model_is_saved_as_a_plain_one(tmp_path, monkeypatch)
     assert not hasattr(saved.config, "quantization_config")
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed")
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="runs where flash-attn is not installed")
 def test_an_attention_that_is_not_installed_is_named(tmp_path):
     suspect = tiny.saved("bert", tmp_path)
     with pytest.raises(
