@@ -224,18 +224,7 @@ class DefenseTrainer(RawRowsTrainer):
         """
         if isinstance(model, str | Path):
             student = base_model(self.model)
-            attention = student.config._attn_implementation
-            folder, auto_model = model, auto_class(student)
-            model, found = auto_model.from_pretrained(
-                folder,
-                output_loading_info=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=student.dtype,
-                attn_implementation=attention,
-            )
-            refuse_no_causal_lm(model, f"model {str(folder)!r}")
-            refuse_missing(folder, found["missing_keys"], auto_model)
+            model = read_model(auto_class(student), model, student)
             kind, sharded = self.args.device.type, self.accelerator.distributed_type in SHARDED
             with self.accelerator.autocast():
                 if torch.is_autocast_enabled(kind) and not sharded:
@@ -386,3 +375,22 @@ class DefenseTrainer(RawRowsTrainer):
             if len(means) > 1:
                 logs.update({f"loss/{name}": mean for name, mean in means.items()})
         super().log(logs, start_time)
+
+
+def read_model(kind: type, folder: str | Path, like: PreTrainedModel) -> PreTrainedModel:
+    """The model of a folder, by a class or an auto class, with the data type and the attention of one at hand.
+
+    Raises:
+        `ValueError`: if it has no weights for that kind of head, or sees the answer it is to give.
+    """
+    model, found = kind.from_pretrained(
+        folder,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=like.dtype,
+        attn_implementation=like.config._attn_implementation,
+    )
+    refuse_no_causal_lm(model, f"model {str(folder)!r}")
+    refuse_missing(folder, found["missing_keys"], auto_class(model))
+    return model

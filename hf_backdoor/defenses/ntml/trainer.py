@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from ...data import Processor, auto_class, base_model, refuse_missing, stamp
+from ...data import Processor, base_model, stamp
 from ..arguments import check_other, check_trained
 from ..engines import SHARDED
+from ..trainer import read_model
 from .classes import ClassTrainer, feature_states
 from .losses import feature_loss, non_target_loss, prediction_loss
 from .pair import NETWORKS, AdapterPair, ModelPair, Pair, has_both_adapters
@@ -175,15 +176,8 @@ class NTMLTrainer(ClassTrainer):
         check_other(model, self.target_model, "target_model")
         target = self.target_model
         if isinstance(target, str | Path):
-            own, folder = base_model(model), target
-            target, found = type(own).from_pretrained(
-                folder,
-                output_loading_info=True,
-                use_safetensors=True,
-                dtype=own.dtype,
-                attn_implementation=own.config._attn_implementation,
-            )
-            refuse_missing(folder, found["missing_keys"], auto_class(own))
+            own = base_model(model)
+            target = read_model(type(own), target, own)
         if not any(parameter.requires_grad for parameter in target.parameters()):  # as a teacher it was frozen
             if isinstance(target, PeftModel):
                 target.set_adapter(target.active_adapter)  # what lies under an adapter stays as it is
