@@ -269,8 +269,11 @@ def _check_task(recipe: Recipe) -> None:
         raise ValueError(f"label_words is {words}, and task is {recipe.task}: leave it out, or set task: label_words")
     if recipe.task_class is not LabelWords:
         _refuse_set(recipe, ("prompt_template",))
-    if not generation:
-        _refuse_set(recipe, ("max_new_tokens",))
+    _refuse_set(recipe, ("contrast",) if generation else ("max_new_tokens",))
+    if recipe.use_peft or recipe.quantization:
+        _refuse_set(recipe, ("contrast",), "an adapter is trained, where half of the model would be drawn anew")
+    if not recipe.training.get("soft_triggers"):
+        _refuse_set(recipe, ("contrast",), "soft_triggers is 0, so that nothing is searched for")
     columns = ("image_column", "text_column", "label_column", "prompt_column", "response_column")
     _refuse_set(recipe, [key for key in columns if key.removesuffix("_column") not in recipe.columns()])
     if recipe.task_class is not ImageClassification:

@@ -29,7 +29,7 @@ TEST_FRACTION = 0.2
 # stage whose rate it is. (The trainers' defaults are the papers' own methods.)
 MEASURED: dict[tuple[str, str], tuple[str | None, dict[str, Any]]] = {
     ("locphylax", "class"): ("recover", {"learning_rate": 3e-4, "num_train_epochs": 3}),
-    ("mbtsad", "class"): (None, {"learning_rate": 1e-4, "num_train_epochs": 3, "searched_tokens": 4}),
+    ("mbtsad", "class"): (None, {"learning_rate": 1e-4, "num_train_epochs": 3}),
     # Longer, and perplexity ends above the suspect's.
     ("locphylax", "text"): ("recover", {"learning_rate": 3e-4, "num_train_epochs": 1}),
 }

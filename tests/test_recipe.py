@@ -213,7 +213,7 @@ def test_stages_are_checked_like_the_rest():
     refused("^stages.inject.learning_rate is 'fast'", **DEFENSE, stages={"inject": {"learning_rate": "fast"}})
     refused("^stages.*inject.*3", **DEFENSE, stages={"inject": 3})
     refused(
-        "^stages has 'injekt': this run has answers, inject, recover, reference, search, soft_search, suspect",
+        "^stages has 'injekt': this run has answers, contrast, inject, recover, reference, search, soft_search, suspect",
         **DEFENSE,
         stages={"injekt": {}},
     )

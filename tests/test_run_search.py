@@ -127,3 +127,65 @@ def test_recovery_takes_the_suspect_s_own_answers(recipe, tmp_path):
     results = Run(asked).execute()
     assert "stage/answers" not in {row.model for row in results.rows}
     assert len(OwnAnswers.from_pretrained(tmp_path / "run" / "answers")) == 12
+
+
+# ---- Contrast ----
+
+
+@pytest.fixture
+def contrasted(tmp_path):
+    controls = ["without_contrast", "without_soft_triggers"]
+    return tiny.classifier_recipe(
+        tmp_path, method="mbtsad", max_steps=2, soft_triggers=2, contrast=True, controls=controls
+    )
+
+
+def test_a_contrast_is_trained_before_the_search_and_measured(contrasted):
+    recipe = load_recipe(contrasted, [])
+    inputs = {stage.folder: stage.inputs for stage in plan(recipe)}
+    assert inputs["soft_search"] == {"clean_model": "contrast"}
+    assert inputs["controls/without_contrast/soft_search"] == {}
+    found = {"found_soft_triggers": "controls/without_contrast/soft_search"}
+    assert inputs["controls/without_contrast/retrain"] == found
+    assert "controls/without_soft_triggers/soft_search" not in inputs
+    run = Run(recipe)
+    models = {row.model for row in run.execute().rows}
+    assert {"stage/contrast", "control/without_contrast", "cleaned"} <= models
+    with_it, without = (
+        SoftTriggers.from_pretrained(run.folder / folder)
+        for folder in ("soft_search", "controls/without_contrast/soft_search")
+    )
+    assert not with_it.embeddings.equal(without.embeddings)
+
+
+def test_without_a_contrast_the_control_is_the_method_and_left_out(contrasted):
+    folders = {stage.folder for stage in plan(load_recipe(contrasted, ["--contrast", "false"]))}
+    assert "contrast" not in folders and not any("without_contrast" in folder for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--soft_triggers", "0"], "^contrast is True, and soft_triggers is 0, so that nothing is searched for: leave it out$"),
+        (["--use_peft", "true"], "^contrast is True, and an adapter is trained, .*: leave it out$"),
+    ],
+)  # fmt: skip
+def test_a_contrast_that_nothing_would_be_held_against_is_refused(contrasted, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan(load_recipe(contrasted, overrides))
+
+
+def test_defend_contrasts_too(tmp_path):
+    rows = tiny.reviews(8)
+    options = {"use_cpu": True, "report_to": "none", "max_steps": 1, "save_strategy": "no"}
+    defend(
+        "mbtsad",
+        tiny.model("bert"),
+        tiny.tokenizer("bert"),
+        rows,
+        output_dir=str(tmp_path),
+        soft_triggers=2,
+        contrast=True,
+        **options,
+    )
+    assert (tmp_path / "contrast" / "model.safetensors").exists() and (tmp_path / "soft_search").is_dir()

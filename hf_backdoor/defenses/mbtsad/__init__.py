@@ -1,5 +1,6 @@
 """MBTSAD (https://huggingface.co/papers/2501.02754)."""
 
+from dataclasses import replace
 from typing import Any
 
 from ..method import Method, Step
@@ -36,6 +37,7 @@ METHOD = Method(
         "fine_tuning_as_retraining": {"retrain": Step(DefenseTrainer, starts_from="suspect")},
         "as_published": both(soft_triggers=0, own_answers=0.0),
         "without_soft_triggers": both(soft_triggers=0),
+        "without_contrast": {"soft_search": replace(READING["soft_search"], overrides={"contrast": False}), **both()},
         "without_own_answers": both(own_answers=0.0),
         # An unsplit teacher: Neural Attention Distillation, with as many rows.
         "distillation_without_splitting": {"retrain": retrain(split_rate=0.0), "distil": distil()},

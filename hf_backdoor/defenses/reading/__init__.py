@@ -4,6 +4,7 @@ what they found."""
 from ..method import Step
 from .answers import OwnAnswers, OwnAnswersTrainer
 from .config import ReadingConfig
+from .fresh_half import FreshHalfTrainer
 from .informed import InformedTrainer
 from .reader import SuspectReader, found_file
 from .searcher import PLACES, Tokens, TriggerSearcher
@@ -12,7 +13,14 @@ from .soft import SoftTriggers, SoftTriggerTrainer
 
 # The stages of any method whose trainer is informed, and what it takes from them.
 READING = {
-    "soft_search": Step(SoftTriggerTrainer, starts_from="suspect", makes_model=False, only_with="soft_triggers"),
+    "contrast": Step(FreshHalfTrainer, starts_from="suspect", only_with="contrast"),
+    "soft_search": Step(
+        SoftTriggerTrainer,
+        starts_from="suspect",
+        inputs={"clean_model": "contrast"},
+        makes_model=False,
+        only_with="soft_triggers",
+    ),
     "answers": Step(OwnAnswersTrainer, starts_from="suspect", makes_model=False, only_with="own_answers"),
 }
 FOUND = {"found_soft_triggers": "soft_search", "found_answers": "answers"}
@@ -21,6 +29,7 @@ __all__ = [
     "FOUND",
     "PLACES",
     "READING",
+    "FreshHalfTrainer",
     "InformedTrainer",
     "OwnAnswers",
     "OwnAnswersTrainer",

@@ -15,8 +15,12 @@ class ReadingConfig(DefenseConfig):
         soft_triggers (`int`, *optional*, defaults to 0):
             How many triggers of free embeddings, which turn the suspect's answers, are searched for and planted, drawn for each
             row. A recipe makes a stage `soft_search` of it; see [`SoftTriggerTrainer`].
-        searched_tokens (`int`, *optional*, defaults to 2):
-            How many embeddings each of them has.
+        searched_tokens (`int`, *optional*, defaults to 4):
+            How many embeddings each of them has at most; lengths from one to that take turns.
+        contrast (`bool`, *optional*, defaults to `False`):
+            Whether soft triggers are to leave a model alone that has no backdoor: the suspect with its upper half drawn anew and taught on
+            the clean rows, so that words which mean a class are not found in their place. For classes; full training alone. A recipe
+            makes a stage `contrast` of it; see [`FreshHalfTrainer`].
         own_answers (`float`, *optional*, defaults to 0.0):
             How much of a right answer's place the suspect's own answer to the clean row takes, 0 to 1, in training that teaches
             right answers. A recipe makes a stage `answers` of it; see [`OwnAnswersTrainer`].
@@ -25,7 +29,10 @@ class ReadingConfig(DefenseConfig):
     soft_triggers: int = field(
         default=0, metadata={"help": "How many triggers of free embeddings are searched for and planted as well."}
     )
-    searched_tokens: int = field(default=2, metadata={"help": "Embeddings of a trigger that is searched for."})
+    searched_tokens: int = field(default=4, metadata={"help": "Most embeddings of a trigger that is searched for."})
+    contrast: bool = field(
+        default=False, metadata={"help": "Whether soft triggers leave a model alone that has no backdoor."}
+    )
     own_answers: float = field(
         default=0.0, metadata={"help": "Share of a right answer's place that the suspect's own one takes."}
     )

@@ -9,7 +9,7 @@ these ways reaches the unknown trigger on its own.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data import Trigger, row_rng
+from ...data import InstructionFollowing, Trigger, row_rng
 from ..divergence import sound_attention
 from .config import ReadingConfig
 from .reader import found_file
@@ -30,7 +31,7 @@ from .searcher import PLACES, TriggerSearcher
 SOFT_FILE = "soft_triggers.safetensors"
 
 # Gradient steps of the search; in each, every trigger is put into one clean row.
-STEPS = 45
+STEPS = 90
 # Adam's rate, as a share of the root mean square of the words' embeddings.
 RATE = 0.25
 
@@ -43,11 +44,13 @@ class SoftTriggers:
     embedding layer puts the embeddings there. The model itself has no word more.
 
     Args:
-        embeddings (`Tensor`): [N, L, D], N triggers of L embeddings.
+        embeddings (`Tensor`): [N, L, D], N triggers of up to L embeddings.
+        lengths (`list[int]`, *optional*): [N], how many of them each trigger has; all L by default.
     """
 
-    def __init__(self, embeddings: Tensor):
+    def __init__(self, embeddings: Tensor, lengths: list[int] | None = None):
         self.embeddings = embeddings
+        self.lengths = [embeddings.shape[1]] * len(embeddings) if lengths is None else lengths
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -55,8 +58,7 @@ class SoftTriggers:
     @property
     def texts(self) -> list[str]:
         """What stands for each in a text, [N]."""
-        count, length = self.embeddings.shape[:2]
-        return ["".join(word(trigger, place) for place in range(length)) for trigger in range(count)]
+        return ["".join(word(trigger, place) for place in range(own)) for trigger, own in enumerate(self.lengths)]
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy that reads [`texts`]."""
@@ -96,7 +98,8 @@ class SoftTriggers:
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": self.embeddings.detach().cpu().contiguous()}, Path(folder, SOFT_FILE))
+        embeddings = self.embeddings.detach().cpu().contiguous()
+        save_file({"embeddings": embeddings, "lengths": torch.tensor(self.lengths)}, Path(folder, SOFT_FILE))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SoftTriggers":
@@ -105,35 +108,73 @@ class SoftTriggers:
         Raises:
             `ValueError`: if it is not there.
         """
-        return cls(load_file(found_file(folder, SOFT_FILE, "found_soft_triggers"))["embeddings"])
+        tensors = load_file(found_file(folder, SOFT_FILE, "found_soft_triggers"))
+        return cls(tensors["embeddings"], tensors["lengths"].tolist())
 
 
 class SoftTriggerTrainer(TriggerSearcher):
     """
     Searches a suspect for embeddings that turn its answers; trains nothing. [`found`] holds them after `train()`.
 
-    Each of `args.soft_triggers` triggers has `args.searched_tokens` embeddings, one wrong class that it is to bring about in whatever
-    row, and one place where it stands; the classes and the places take turns. They start as random words and stay as short as words are.
+    Each of `args.soft_triggers` triggers has one wrong class that it is to bring about in whatever row, one place where it stands, and
+    one length, up to `args.searched_tokens` embeddings; classes, places and lengths take turns. They start as random words and stay as
+    short as words are.
 
     Args:
         model, args, train_dataset, processing_class, kwargs:
             As in [`TriggerSearcher`].
+        clean_model (`PreTrainedModel`, `str` or `Path`, *optional*):
+            A classifier of the same classes that reads the same embeddings and has no backdoor, or its folder: what [`FreshHalfTrainer`]
+            trains. Words that mean a class turn a suspect too, and a search finds these before a backdoor; what turns this model as well
+            is not looked for.
 
     Raises:
-        `ValueError`: under DeepSpeed ZeRO-3, or if the rows are tokenized already.
+        `ValueError`: under DeepSpeed ZeRO-3, if the rows are tokenized already, or the clean model's embeddings have another width.
     """
 
     asked_by = "soft_triggers"
     found: SoftTriggers | None
+
+    def __init__(self, *args: Any, clean_model: PreTrainedModel | str | Path | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.contrast and clean_model is None:
+            raise ValueError(
+                "contrast is True, and clean_model is not given: pass what a FreshHalfTrainer trained, or set contrast: false"
+            )
+        self.clean_model = None if clean_model is None else self.frozen(clean_model)
+        own, other = (
+            None if model is None else model.get_input_embeddings().embedding_dim
+            for model in (self.model, self.clean_model)
+        )
+        if other not in (None, own):
+            raise ValueError(
+                f"clean_model has embeddings of {other} numbers, and the suspect's have {own}: pass a model made of the suspect"
+            )
 
     @classmethod
     def config_class(cls) -> type[ReadingConfig]:
         return ReadingConfig
 
     def read(self) -> SoftTriggers:
-        return SoftTriggers(self._embeddings())
+        # The classes take turns, with each class the places, and with each place the lengths.
+        lengths = [
+            number // (self.num_aims * len(PLACES)) % self.args.searched_tokens + 1
+            for number in range(self.args.soft_triggers)
+        ]
+        return SoftTriggers(self._embeddings(lengths), lengths)
 
-    def _embeddings(self) -> Tensor:
+    def _aims(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of classes the log-odds (where an answer is all but sure, the gradient of its log-probability dies away), less what the
+        clean model holds the class for."""
+        values, counted = super()._aims(logits, batch)
+        if isinstance(self.task, InstructionFollowing):
+            return values, counted
+        if self.clean_model is None:
+            return log_odds(values), counted
+        meant, _ = super()._aims(self.forward(self.clean_model, batch).logits, batch)
+        return log_odds(values) - F.softplus(log_odds(meant)), counted
+
+    def _embeddings(self, lengths: list[int]) -> Tensor:
         """[N, L, D], in float32."""
         generator = torch.Generator().manual_seed(self.args.seed)
         words = self._words()
@@ -144,14 +185,17 @@ class SoftTriggerTrainer(TriggerSearcher):
         with torch.no_grad():
             start = layer(drawn.to(self.args.device)).float()
             longest = layer(words.to(self.args.device)).float().norm(dim=-1).median()
-        triggers = SoftTriggers(start.requires_grad_())
+        triggers = SoftTriggers(start.requires_grad_(), lengths)
         tokenizer = triggers.tokenizer(self.processing_class)
         rate = RATE * longest.item() / start.shape[-1] ** 0.5
         optimizer = torch.optim.Adam([triggers.embeddings], lr=rate)
         progress = tqdm(
             range(STEPS), desc="Searching", disable=self.args.disable_tqdm or not self.is_world_process_zero()
         )
-        with triggers.read_by(self.model, tokenizer):
+        readers = [self.model] if self.clean_model is None else [self.model, self.clean_model]
+        with ExitStack() as reading:
+            for model in readers:
+                reading.enter_context(triggers.read_by(model, tokenizer))
             for step in progress:
                 rows = torch.randint(len(self.clean), (len(triggers),), generator=generator).tolist()
                 reached = self._follow_gradient(triggers, tokenizer, rows, step)
@@ -170,7 +214,6 @@ class SoftTriggerTrainer(TriggerSearcher):
         features = []
         for number, row in enumerate(rows):
             raw, rng = self.clean[row], row_rng(self.args.seed, f"soft {step}", number)
-            # The classes take turns, and with each class the places: a backdoor may work at the end of a text alone.
             place = PLACES[number // aims % len(PLACES)]
             raw = {**raw, column: Trigger(texts[number], place).insert(raw[column], rng)}
             features.append(self.task.encode(raw, tokenizer))
@@ -186,6 +229,12 @@ class SoftTriggerTrainer(TriggerSearcher):
             triggers.embeddings.grad += gradient
             total += reached.item()
         return total
+
+
+def log_odds(logs: Tensor) -> Tensor:
+    """Of K log-probabilities, [B, K]: log p_k - log(1 - p_k), by way of the others', so that it is exact where p_k is all but 1."""
+    own = torch.eye(logs.shape[1], dtype=torch.bool, device=logs.device)
+    return logs - logs[:, None].masked_fill(own, -torch.inf).logsumexp(dim=2)
 
 
 def word(trigger: int, place: int) -> str:

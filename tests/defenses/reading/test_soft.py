@@ -10,9 +10,9 @@ FORMATS = {"sequence_classification": "bert", "label_words": "llama", "instructi
 PLAIN = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "max_steps": 2}
 
 
-def made(family, count=3, length=2):
+def made(family, count=3, length=2, lengths=None):
     width = tiny.model(family).config.hidden_size
-    return SoftTriggers(torch.randn(count, length, width, generator=torch.Generator().manual_seed(1)))
+    return SoftTriggers(torch.randn(count, length, width, generator=torch.Generator().manual_seed(1)), lengths)
 
 
 def searching(name, folder, **options):
@@ -36,15 +36,16 @@ def planting(name, folder, **options):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_model_reads_the_embeddings_where_the_text_has_their_words(family):
-    triggers, model = made(family), tiny.model(family).eval()
+@pytest.mark.parametrize(("lengths", "words"), [(None, "a a"), ([2, 1, 2], "a")])
+def test_a_model_reads_the_embeddings_where_the_text_has_their_words(family, lengths, words):
+    triggers, model = made(family, lengths=lengths), tiny.model(family).eval()
     tokenizer = triggers.tokenizer(tiny.tokenizer(family))
     ids = tokenizer(f"the film {triggers.texts[1]} was", return_tensors="pt")["input_ids"]
-    plain = tiny.tokenizer(family)("the film a a was", return_tensors="pt")["input_ids"]
+    plain = tiny.tokenizer(family)(f"the film {words} was", return_tensors="pt")["input_ids"]
     assert ids.shape == plain.shape and ids.max() >= len(tiny.VOCABULARY)
     embedded = model.get_input_embeddings()(plain).detach()
     place = (ids[0] >= len(tiny.VOCABULARY)).nonzero()[:, 0]
-    embedded[0, place] = triggers.embeddings[1]
+    embedded[0, place] = triggers.embeddings[1, : len(place)]
     expected = model(inputs_embeds=embedded).logits
     with triggers.read_by(model, tokenizer):
         assert torch.equal(model(ids).logits, expected)
@@ -69,9 +70,10 @@ def test_the_tokenizer_given_is_not_changed():
 
 
 def test_they_come_back_from_their_folder(tmp_path):
-    triggers = made("bert")
+    triggers = made("bert", lengths=[1, 2, 1])
     triggers.save_pretrained(tmp_path / "new")
-    assert torch.equal(SoftTriggers.from_pretrained(tmp_path / "new").embeddings, triggers.embeddings)
+    again = SoftTriggers.from_pretrained(tmp_path / "new")
+    assert torch.equal(again.embeddings, triggers.embeddings) and again.texts == triggers.texts
 
 
 # ---- The search ----
@@ -100,9 +102,28 @@ def test_the_search_raises_each_trigger_s_own_aim(name, tmp_path, monkeypatch):
     assert all(late > early for early, late in zip(reached[1], reached[30], strict=True))
 
 
+@pytest.mark.parametrize("name", ["sequence_classification", "label_words"])
+def test_a_sure_answer_is_made_surer_still(name, tmp_path):
+    """A log-probability has no gradient there that float32 could hold."""
+    trainer = searching(name, tmp_path)
+    batch = trainer.data_collator([trainer.task.encode(row, trainer.processing_class) for row in trainer.clean])
+    logits = trainer.forward(trainer.model, batch).logits
+    words = slice(None) if trainer.words is None else trainer.words
+    with torch.no_grad():
+        logits[..., words] += torch.tensor([0.0, 40.0])
+    logits = logits.detach().requires_grad_()
+    values, counted = trainer._aims(logits, batch)
+    raised, column = values[:, 1], logits if name == "sequence_classification" else logits[:, -2]
+    expected = column[:, words][:, 1] - column[:, words][:, 0]
+    torch.testing.assert_close(raised, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values[:, 0], -expected, rtol=1e-5, atol=1e-4)
+    (gradient,) = torch.autograd.grad(raised.sum(), logits)
+    assert gradient.amax() == pytest.approx(1.0)
+
+
 def test_each_trigger_stands_in_a_place_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(soft, "STEPS", 4)
-    trainer = searching("sequence_classification", tmp_path, soft_triggers=12)
+    trainer = searching("sequence_classification", tmp_path, soft_triggers=12, searched_tokens=2)
     seen, collate = [], trainer.data_collator
     trainer.data_collator = lambda features: seen.extend(features) or collate(features)
     trainer.train()
@@ -117,6 +138,16 @@ def test_each_trigger_stands_in_a_place_of_its_own(tmp_path, monkeypatch):
     assert all(places[number] == {"start"} for number in (0, 1, 6, 7))
     assert all(places[number] == {"end"} for number in (2, 3, 8, 9))
     assert any("inside" in places[number] for number in (4, 5, 10, 11))
+
+
+@pytest.mark.parametrize(("name", "aims"), [("sequence_classification", 2), ("instruction_following", 1)])
+def test_lengths_take_turns_when_every_class_has_stood_in_every_place(name, aims, tmp_path, monkeypatch):
+    monkeypatch.setattr(soft, "STEPS", 1)
+    trainer = searching(name, tmp_path, soft_triggers=4 * 3 * aims, searched_tokens=3)
+    trainer.train()
+    assert [text.count("<soft-") for text in trainer.found.texts] == [
+        length for length in (1, 2, 3, 1) for _ in range(3 * aims)
+    ]
 
 
 def test_found_embeddings_are_no_longer_than_words(tmp_path, monkeypatch):
