@@ -77,7 +77,8 @@ def test_unknown_methods_and_stages_are_refused(suspect, tmp_path):
     with pytest.raises(ValueError, match="^method is 'magic': use one of .*locphylax"):
         defend("magic", tiny.model("bert"), tiny.encoder_tokenizer(), tiny.reviews(4), output_dir=str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"^stages has \['injekt'\]: locphylax has search, contrast, soft_search, answers, inject, recover$"
+        ValueError,
+        match=r"^stages has \['injekt'\]: locphylax has search, contrast, soft_search, answers, inject, recover$",
     ):
         clean(suspect, tmp_path, stages={"injekt": {}})
 
