@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, set_seed
 from ...data import find_blocks
 from ..trainer import DefenseTrainer
 from .config import ReadingConfig
+from .searcher import refuse_free_answers
 
 
 class FreshHalfTrainer(DefenseTrainer):
@@ -23,7 +24,8 @@ class FreshHalfTrainer(DefenseTrainer):
             As in [`DefenseTrainer`]; `train_dataset` is clean rows. The model is changed in place.
 
     Raises:
-        `ValueError`: if there is an adapter, or weights are quantized: what is drawn anew has to be trained as a whole.
+        `ValueError`: if there is an adapter, or weights are quantized (what is drawn anew has to be trained as a whole), or if answers
+            have no classes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -35,6 +37,7 @@ class FreshHalfTrainer(DefenseTrainer):
                 "be trained as a whole; set contrast: false"
             )
         super().__init__(*args, **kwargs)
+        refuse_free_answers(self.task)
 
     @classmethod
     def config_class(cls) -> type[ReadingConfig]:

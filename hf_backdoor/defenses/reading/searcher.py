@@ -79,3 +79,12 @@ def refuse_other_than_texts(task: Task | None, argument: str) -> None:
     """
     if task is None or isinstance(task, ImageClassification):
         raise ValueError(f"{argument} is set, and the rows are no texts: set {argument}: 0")
+
+
+def refuse_free_answers(task: Task | None) -> None:
+    """
+    Raises:
+        `ValueError`: in one line, for answers without classes, where a contrast is asked for.
+    """
+    if isinstance(task, InstructionFollowing):
+        raise ValueError("contrast is True, and answers are free texts, which mean no class: set contrast: false")

@@ -25,7 +25,7 @@ from ...data import InstructionFollowing, Trigger, row_rng
 from ..divergence import sound_attention
 from .config import ReadingConfig
 from .reader import found_file
-from .searcher import PLACES, TriggerSearcher
+from .searcher import PLACES, TriggerSearcher, refuse_free_answers
 
 
 SOFT_FILE = "soft_triggers.safetensors"
@@ -137,6 +137,8 @@ class SoftTriggerTrainer(TriggerSearcher):
 
     def __init__(self, *args: Any, clean_model: PreTrainedModel | str | Path | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.contrast:
+            refuse_free_answers(self.task)
         if self.args.contrast and clean_model is None:
             raise ValueError(
                 "contrast is True, and clean_model is not given: pass what a FreshHalfTrainer trained, or set contrast: false"

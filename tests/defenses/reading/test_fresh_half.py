@@ -3,6 +3,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from torch.nn import functional as F
+from transformers import BertConfig
 
 from hf_backdoor.data import class_logits, find_blocks
 from hf_backdoor.defenses.locphylax import LocphylaxConfig
@@ -10,10 +11,11 @@ from hf_backdoor.defenses.reading import FreshHalfTrainer, ReadingConfig, SoftTr
 
 
 FORMATS = {"sequence_classification": "bert", "label_words": "llama"}
+FREE_ANSWERS = "instruction_following"
 
 
 def training(name, folder, model=None, **options):
-    family = FORMATS[name]
+    family = FORMATS.get(name, "llama")
     config = ReadingConfig(
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
     )
@@ -24,7 +26,7 @@ def training(name, folder, model=None, **options):
 
 
 def searching(name, folder, **options):
-    family = FORMATS[name]
+    family = FORMATS.get(name, "llama")
     config = LocphylaxConfig(
         str(folder),
         use_cpu=True,
@@ -122,3 +124,18 @@ def test_a_clean_model_comes_from_its_folder_and_is_left_as_it_was(tmp_path, mon
 def test_a_clean_model_that_was_asked_for_and_not_made_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^contrast is True, and clean_model is not given: .* set contrast: false$"):
         searching("label_words", tmp_path)
+
+
+def test_a_clean_model_of_another_width_is_refused(tmp_path):
+    narrow = type(tiny.model("bert"))(
+        BertConfig(**{**tiny.model("bert").config.to_dict(), "hidden_size": 8, "num_attention_heads": 2})
+    )
+    line = "^clean_model has embeddings of 8 numbers, and the suspect's have 32: pass a model made of the suspect$"
+    with pytest.raises(ValueError, match=line):
+        searching("sequence_classification", tmp_path, clean_model=narrow)
+
+
+@pytest.mark.parametrize("made", [training, searching])
+def test_free_answers_are_refused(made, tmp_path):
+    with pytest.raises(ValueError, match="^contrast is True, and answers are free texts, .*: set contrast: false$"):
+        made(FREE_ANSWERS, tmp_path)
