@@ -8,6 +8,7 @@ import yaml
 from transformers import BertConfig
 
 from hf_backdoor.cli import main
+from hf_backdoor.defenses.reading import SoftTriggers
 from hf_backdoor.evaluation import Results
 from hf_backdoor.found import measured
 
@@ -72,6 +73,7 @@ def test_clean_by_mbtsad_has_what_works_best_on_too(classifier, reviews, tmp_pat
     assert (tmp_path / "soft_search" / "stage.json").exists() and (tmp_path / "answers" / "stage.json").exists()
     recipe = (tmp_path / "recipe.yaml").read_text()
     assert "learning_rate: 0.0001" in recipe
+    assert SoftTriggers.from_pretrained(tmp_path / "soft_search").embeddings.shape[1] == 4
 
 
 def test_clean_is_the_paper_s_method_where_it_is_told_to(classifier, reviews, tmp_path):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from ...data import find_blocks
 from ..trainer import DefenseTrainer
@@ -28,23 +28,21 @@ class FreshHalfTrainer(DefenseTrainer):
             have no classes.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        model = kwargs.get("model", args[0] if args else None)
-        wrapped = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
+    def __init__(self, model: PreTrainedModel, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any):
+        wrapped = isinstance(model, PeftModel) or peft_config is not None
         if wrapped or getattr(model, "is_quantized", False):
             raise ValueError(
                 "contrast is True, and an adapter is trained, or weights are quantized: half of the model is drawn anew there, which has to "
                 "be trained as a whole; set contrast: false"
             )
-        super().__init__(*args, **kwargs)
-        refuse_free_answers(self.task)
+        super().__init__(model, *args, **kwargs)
 
     @classmethod
     def config_class(cls) -> type[ReadingConfig]:
         return ReadingConfig
 
     def prepare_model(self, model: PreTrainedModel) -> None:
-        set_seed(self.args.seed)
+        refuse_free_answers(self.task)
         drawn = type(model)(model.config).state_dict()
         names = fresh_names(model)
         model.load_state_dict({name: value for name, value in drawn.items() if name.startswith(names)}, strict=False)

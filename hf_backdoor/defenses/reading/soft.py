@@ -143,15 +143,14 @@ class SoftTriggerTrainer(TriggerSearcher):
             raise ValueError(
                 "contrast is True, and clean_model is not given: pass what a FreshHalfTrainer trained, or set contrast: false"
             )
-        self.clean_model = None if clean_model is None else self.frozen(clean_model)
-        own, other = (
-            None if model is None else model.get_input_embeddings().embedding_dim
-            for model in (self.model, self.clean_model)
-        )
-        if other not in (None, own):
-            raise ValueError(
-                f"clean_model has embeddings of {other} numbers, and the suspect's have {own}: pass a model made of the suspect"
-            )
+        self.clean_model = None
+        if clean_model is not None:
+            self.clean_model = self.frozen(clean_model)
+            own, other = (m.get_input_embeddings().embedding_dim for m in (self.model, self.clean_model))
+            if own != other:
+                raise ValueError(
+                    f"clean_model has embeddings of {other} numbers, and the suspect's have {own}: pass a model made of the suspect"
+                )
 
     @classmethod
     def config_class(cls) -> type[ReadingConfig]:

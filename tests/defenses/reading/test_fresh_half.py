@@ -139,3 +139,11 @@ def test_a_clean_model_of_another_width_is_refused(tmp_path):
 def test_free_answers_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match="^contrast is True, and answers are free texts, .*: set contrast: false$"):
         made(FREE_ANSWERS, tmp_path)
+
+
+def test_a_refused_model_is_left_as_it_was(tmp_path):
+    model = tiny.model("llama")
+    before = tiny.parameters(model)
+    with pytest.raises(ValueError, match="^contrast is True"):
+        training(FREE_ANSWERS, tmp_path, model=model)
+    assert tiny.largest_difference(before, tiny.parameters(model)) == 0
